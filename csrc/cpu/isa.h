@@ -1,0 +1,20 @@
+// Which instruction set the CPU micro-kernels run with.
+//
+// Every micro-kernel source is compiled once per level into namespace trackstar::<level>; the level is
+// chosen once, the best that the machine has, and tests may lower it to run the others.
+#pragma once
+
+namespace trackstar {
+
+enum class Isa { baseline, v3, v4 };
+
+// The level in force.
+Isa isa();
+
+// Whether this build contains `level` and this machine can run it.
+bool isa_available(Isa level);
+
+// Puts `level` in force. The caller has checked isa_available(level).
+void set_isa(Isa level);
+
+}  // namespace trackstar

@@ -1,0 +1,49 @@
+"""Choosing the implementation of an op.
+
+Each op's package holds a literal table, ``{device type: (backend, …)}``, best first. A backend ``name`` is the
+module ``_<name>.py`` of that package and defines a function with the op's name; it is imported on first use.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Table = Mapping[str, tuple[str, ...]]
+
+_TABLES: dict[str, Table] = {}
+
+
+def register(op: str, table: Table) -> Table:
+    """Announce the backend table of ``op``, so that :func:`available_backends` can list it; returns it."""
+    _TABLES[op] = table
+    return table
+
+
+def available_backends() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Backends of every op on every device this machine has, ``{op: {device: (backend, …)}}``, best first."""
+    devices = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
+    return {op: {d: names for d, names in table.items() if d in devices} for op, table in _TABLES.items()}
+
+
+def implementation(package: str, op: str, device: torch.device, backend: str | None) -> Callable[..., Any]:
+    """The function that runs ``op`` on ``device``.
+
+    Args:
+        package: the op's package, ``__name__`` of its ``__init__``.
+        op: name of the op.
+        device: where its tensors are.
+        backend: a name from the op's table, or None for the first.
+
+    Raises:
+        ValueError: the op does not run on that device, or has no such backend there.
+    """
+    names = _TABLES[op].get(device.type)
+    if names is None:
+        raise ValueError(f"{op} runs on {', '.join(sorted(_TABLES[op]))}; got tensors on {device.type}")
+    if backend is None:
+        backend = names[0]
+    elif backend not in names:
+        raise ValueError(f"backend of {op} on {device.type} must be one of {', '.join(names)}, got {backend!r}")
+    return getattr(importlib.import_module(f"{package}._{backend}"), op)

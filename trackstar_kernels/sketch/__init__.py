@@ -1,0 +1,60 @@
+"""Random projection matrices that are a pure function of (seed, stream, row, col)."""
+
+import torch
+
+from trackstar_kernels._checks import check_count
+from trackstar_kernels._dispatch import implementation, register
+
+BACKENDS = register("projection_matrix", {"cpu": ("numba", "reference"), "cuda": ("numba", "reference")})
+
+KINDS = ("rademacher", "gaussian")
+
+
+def projection_matrix(
+    rows: int,
+    cols: int,
+    *,
+    seed: int,
+    stream: int,
+    kind: str = "rademacher",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Random matrix P (rows, cols) with E[PᵀP] = I: independent entries of mean 0 and variance 1/rows.
+
+    Entry (i, j) depends on (seed, stream, i, j) alone, through Philox4x32-10 and integer arithmetic, so it is
+    bit-identical on every backend, machine and torch version, and a taller or wider matrix holds a smaller one
+    as its corner (up to the factor 1/√rows). The format is frozen: see this folder's README.md.
+
+    Args:
+        rows: sketch size, at least 1.
+        cols: size of the space that is projected, at least 1.
+        seed: 0 ≤ seed < 2⁶⁴.
+        stream: 0 ≤ stream < 2⁶⁴; matrices of different streams are independent.
+        kind: "rademacher" (±1/√rows) or "gaussian" (quantiles of 16 random bits; largest entry 4.2/√rows).
+        dtype: a floating-point dtype; entries are rounded to it once.
+        device: where the result goes; the entries do not depend on it.
+        backend: None, "numba" or "reference".
+
+    Returns:
+        (rows, cols) tensor.
+
+    Raises:
+        TypeError: a size, seed or stream is not an int, or dtype is not floating-point.
+        ValueError: a value is out of range, or kind or backend is unknown.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox); TrackStar,
+    arXiv 2410.17413, section 3 (two-sided projection).
+    """
+    check_count("rows", rows, 1, 2**32 - 1)
+    check_count("cols", cols, 1, 2**32 - 1)
+    check_count("seed", seed, 0, 2**64 - 1)
+    check_count("stream", stream, 0, 2**64 - 1)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+    device = torch.device(device)
+    run = implementation(__name__, "projection_matrix", device, backend)
+    return run(rows, cols, seed, stream, kind, dtype).to(device)
