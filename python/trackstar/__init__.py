@@ -1,0 +1,56 @@
+"""TrackStar: which training examples made a language model say this?
+
+Build a store of projected, optimizer-corrected, whitened gradients once; ask it any number of questions, each
+answered in one scan. The kernels underneath are the separate package ``trackstar_kernels``.
+
+Names are loaded on first use, so importing this package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from trackstar.attribute import Result as Result
+    from trackstar.attribute import attribute as attribute
+    from trackstar.build import build_store as build_store
+    from trackstar.collector import GradientCollector as GradientCollector
+    from trackstar.correction import Correction as Correction
+    from trackstar.passes import collect_rows as collect_rows
+    from trackstar.report import print_result as print_result
+    from trackstar.second_moments import SecondMoments as SecondMoments
+    from trackstar.spec import SketchSpec as SketchSpec
+    from trackstar.store import Store as Store
+    from trackstar.store import StoreError as StoreError
+    from trackstar.store import open_store as open_store
+
+_HOMES = {
+    "Correction": "correction",
+    "GradientCollector": "collector",
+    "Result": "attribute",
+    "SecondMoments": "second_moments",
+    "SketchSpec": "spec",
+    "Store": "store",
+    "StoreError": "store",
+    "attribute": "attribute",
+    "build_store": "build",
+    "collect_rows": "passes",
+    "open_store": "store",
+    "print_result": "report",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trackstar' has no attribute {name!r}")
+    # A function may share its module's name: binding it here keeps the import system from winning later.
+    value = getattr(importlib.import_module(f"trackstar.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,121 @@
+"""Per-example projected gradients of any torch model, from any loss, in any training loop."""
+
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from trackstar.correction import Correction
+from trackstar.modules import fan, select_modules
+from trackstar.spec import SketchSpec
+from trackstar.tap import GradientTap
+from trackstar_kernels import project_gradients
+
+
+class GradientCollector:
+    """Collects every example's projected gradient while ``loss.backward()`` runs.
+
+        with GradientCollector(model, spec) as collector:
+            loss.backward()          # after a forward pass inside the block
+        collector.rows               # (B, L, d) float32
+
+    For example z and block b the row is Σ P_L (∇Loss(z) ∘ V^(-1/2)) P_Rᵀ over the modules of the block,
+    flattened row by row. No gradient of the weights is formed for it, no matrix of fan-out × fan-in is kept,
+    and the weights' own ``.grad`` is computed or not exactly as it would be without the collector.
+
+    What a row means depends on the loss: with the SUM of the examples' losses each row is the gradient of that
+    example's own loss; a mean over the batch divides every row by its size.
+
+    - A module that runs several times in a pass contributes the sum over its calls, as in ``.grad``.
+    - A frozen weight is captured all the same: its row is the gradient that it would receive.
+    - Several forward–backward passes inside one block (gradient accumulation) give their rows one after another.
+    - An example that the loss masks out entirely has a row of zeros.
+
+    Args:
+        model: any torch model; its captured modules take the batch as first dimension.
+        spec: what to capture; None is ``SketchSpec()``.
+        correction: optimizer correction of every captured module, or None.
+
+    Raises:
+        ValueError: the spec matches no module, or the correction lacks or misfits one.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: SketchSpec | None = None, correction: Correction | None = None
+    ) -> None:
+        spec = SketchSpec() if spec is None else spec
+        modules = select_modules(model, spec.modules)
+        self._spec = spec
+        self._block_of = spec.block_of(model)
+        self._blocks = max(self._block_of.values()) + 1
+        self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+        for name, module in modules.items():
+            fan_in, fan_out = fan(module)
+            left, right = spec.projections(name, fan_in, fan_out)
+            scale = None
+            if correction is not None:
+                left, right, scale = correction.fold(name, left, right)
+            self._sketches[name] = left, right, scale
+        self._tap = GradientTap(modules, self._add, self._start_pass)
+        self._passes: list[torch.Tensor] = []
+        self._ran: set[str] = set()
+        self._captured: set[str] = set()
+
+    def __enter__(self) -> "GradientCollector":
+        self._passes, self._ran, self._captured = [], set(), set()
+        self._tap.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tap.__exit__(kind, error, trace)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Rows (B, L, d) float32 of the examples seen since the block was entered, on the model's device.
+
+        Raises:
+            RuntimeError: no backward pass ran inside the block, or it did not reach a captured module.
+        """
+        if not self._passes:
+            raise RuntimeError("no backward pass ran inside the GradientCollector block: there are no rows")
+        self._require_all_captured()
+        return torch.cat(self._passes)
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """(L, d) of a row."""
+        return self._blocks, self._spec.block_size
+
+    def _start_pass(self, name: str) -> None:
+        # A forward call after a backward pass begins the next pass; one DURING it is a recomputation
+        # (gradient checkpointing) and belongs to the pass under way.
+        recomputing = torch._C._current_graph_task_id() != -1
+        if self._captured and not recomputing:
+            self._require_all_captured()
+            self._ran, self._captured = set(), set()
+        self._ran.add(name)
+
+    def _require_all_captured(self) -> None:
+        missing = [name for name in self._sketches if name not in self._captured]
+        if missing:
+            why = "took part in the forward pass but received no gradient" if missing[0] in self._ran else "did not run"
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise RuntimeError(
+                f"module {missing[0]!r}{more} {why}; leave it out through SketchSpec(modules=…)"
+            )
+
+    def _add(self, name: str, activations: torch.Tensor, output_grads: torch.Tensor) -> None:
+        batch = activations.shape[0]
+        if not self._captured:
+            self._passes.append(torch.zeros(batch, *self.row_shape, device=output_grads.device))
+        rows = self._passes[-1]
+        if len(rows) != batch:
+            raise RuntimeError(
+                f"module {name!r} must see the same batch as the others, {len(rows)} examples; it saw {batch}"
+            )
+        self._captured.add(name)
+        left, right, scale = (t if t is None else t.to(rows.device) for t in self._sketches[name])
+        projected = project_gradients(activations.float(), output_grads.float(), left, right, scale=scale)
+        rows[:, self._block_of[name]] += projected.flatten(1)

@@ -1,0 +1,174 @@
+"""Text and token ids as the model reads them."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+IGNORED = -100
+"""Label of a token that the loss leaves out, as in torch and transformers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One example as the model reads it.
+
+    Attributes:
+        id: the example's own "id", or its position in the corpus.
+        text: the text it came from; decoded ids where only those were given and there is a tokenizer, else "".
+        tokens: (T,) int32.
+        labels: (T,) int32, a token's own id where its prediction counts towards the loss, else −100. As in
+            transformers, the label at position t is predicted from the tokens before t, so the first one never counts.
+    """
+
+    id: str
+    text: str
+    tokens: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedQuery(Encoded):
+    """A query: the labels cover its target alone.
+
+    Attributes:
+        prompt: what the model was given.
+        target: what it said.
+    """
+
+    prompt: str = ""
+    target: str = ""
+
+
+def encode_examples(
+    examples: Iterable[Mapping[str, Any]], tokenizer: Any, max_tokens: int | None = None  # noqa: ANN401
+) -> list[Encoded]:
+    """Training examples: {"text": …} or {"input_ids": …, "labels": … (optional)}, each with an optional "id".
+
+    Examples longer than ``max_tokens`` are cut to it.
+
+    Raises:
+        ValueError: there are none, or one has neither field, or its labels do not fit.
+        TypeError: one is not a mapping.
+    """
+    given = list(examples)
+    if not given:
+        raise ValueError("examples must hold at least one example, got none")
+    for i, example in enumerate(given):
+        if not isinstance(example, Mapping):
+            raise TypeError(f'examples[{i}] must be a mapping with "text" or "input_ids", got {type(example).__name__}')
+        if "input_ids" not in example and not isinstance(example.get("text"), str):
+            raise ValueError(
+                f'examples[{i}] must have "text" (a string) or "input_ids", got the fields {sorted(example)}'
+            )
+    texts = [example["text"] for example in given if "input_ids" not in example]
+    if texts and tokenizer is None:
+        raise ValueError("tokenizer must be given to read examples as text, got None")
+    ids = iter(tokenizer(texts)["input_ids"] if texts else [])
+    encoded = []
+    for i, example in enumerate(given):
+        tokens = _tokens(example["input_ids"] if "input_ids" in example else next(ids))
+        labels = _labels(example.get("labels"), tokens, f"examples[{i}]")
+        text = example.get("text")
+        if text is None:
+            text = tokenizer.decode(tokens.tolist()) if tokenizer is not None else ""
+        encoded.append(Encoded(str(example.get("id", i)), text, tokens[:max_tokens], labels[:max_tokens]))
+    return encoded
+
+
+def encode_queries(queries: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[EncodedQuery]:  # noqa: ANN401
+    """Queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
+
+    The target is tokenized on its own and follows the prompt's tokens.
+
+    Raises:
+        ValueError: there are none, or one lacks a field, or its target has no token that the loss counts.
+        TypeError: one is not a mapping.
+    """
+    given = list(queries)
+    if not given:
+        raise ValueError("queries must hold at least one query, got none")
+    encoded = []
+    for i, query in enumerate(given):
+        if not isinstance(query, Mapping):
+            raise TypeError(f"queries[{i}] must be a mapping, got {type(query).__name__}")
+        if "input_ids" in query and "labels" in query:
+            tokens = _tokens(query["input_ids"])
+            labels = _labels(query["labels"], tokens, f"queries[{i}]")
+            counted = labels != IGNORED
+            prompt, target = ("", "")
+            if tokenizer is not None:
+                prompt = tokenizer.decode(tokens[~counted].tolist())
+                target = tokenizer.decode(tokens[counted].tolist())
+        elif isinstance(query.get("prompt"), str) and isinstance(query.get("target"), str):
+            if tokenizer is None:
+                raise ValueError("tokenizer must be given to read queries as text, got None")
+            prompt, target = query["prompt"], query["target"]
+            before = _tokens(tokenizer(prompt)["input_ids"])
+            after = _tokens(tokenizer(target, add_special_tokens=False)["input_ids"])
+            tokens = np.concatenate([before, after])
+            labels = np.concatenate([np.full_like(before, IGNORED), after])
+        else:
+            raise ValueError(
+                f'queries[{i}] must have "prompt" and "target" (strings), or "input_ids" and "labels"; '
+                f"got the fields {sorted(query)}"
+            )
+        if not (labels[1:] != IGNORED).any():
+            raise ValueError(
+                f"queries[{i}] must have a target of at least one token that follows another, got {target!r}"
+            )
+        text = prompt + target
+        encoded.append(EncodedQuery(str(query.get("id", i)), text, tokens, labels, prompt, target))
+    return encoded
+
+
+def check_vocabulary(encoded: Sequence[Encoded], vocabulary: int, name: str) -> None:
+    """Require every token id to be one of the model's.
+
+    Raises:
+        ValueError: an id is out of range, as with another model's tokenizer.
+    """
+    for i, example in enumerate(encoded):
+        if len(example) and not (0 <= example.tokens.min() and example.tokens.max() < vocabulary):
+            raise ValueError(
+                f"{name}[{i}] must hold token ids from 0 to {vocabulary - 1} (the model's vocabulary), got "
+                f"{example.tokens.min()} to {example.tokens.max()}: is it another model's tokenizer?"
+            )
+
+
+def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Positions in batches of similar length: each holds at most ``budget`` padded tokens (or one example).
+
+    A function of the lengths alone: shortest first, ties in order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        # Sorted by length, so the newcomer sets the padded length of the batch.
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _tokens(ids: Any) -> np.ndarray:  # noqa: ANN401
+    tokens = np.asarray(ids, dtype=np.int32)
+    if tokens.ndim != 1:
+        raise ValueError(f"input_ids must be one sequence of token ids, got shape {tokens.shape}")
+    return tokens
+
+
+def _labels(labels: Any, tokens: np.ndarray, name: str) -> np.ndarray:  # noqa: ANN401
+    if labels is None:
+        return tokens
+    array = np.asarray(labels, dtype=np.int32)
+    if array.shape != tokens.shape:
+        raise ValueError(
+            f"{name}: labels must be as long as input_ids, {len(tokens)} tokens; got shape {array.shape}"
+        )
+    return array

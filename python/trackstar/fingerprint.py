@@ -1,0 +1,62 @@
+"""Short names for large things, so that a store knows what it was built from."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from trackstar.correction import Correction
+from trackstar.examples import Encoded
+
+
+def of_model(model: nn.Module) -> dict[str, object]:
+    """Class, parameter count and a hash of every weight."""
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "fingerprint": _of_tensors(model.named_parameters()),
+    }
+
+
+def of_examples(examples: Sequence[Encoded]) -> dict[str, object]:
+    """Number of examples and a hash of their ids, texts, tokens and labels, in order."""
+    digest = xxhash.xxh3_128()
+    for example in examples:
+        digest.update(json.dumps([example.id, example.text, len(example)]).encode())
+        digest.update(example.tokens.tobytes())
+        digest.update(example.labels.tobytes())
+    return {"examples": len(examples), "fingerprint": digest.hexdigest()}
+
+
+def of_tokenizer(tokenizer: Any) -> str | None:  # noqa: ANN401
+    """Hash of the vocabulary, None where there is no tokenizer or it keeps no vocabulary."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    return xxhash.xxh3_128_hexdigest(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+
+
+def of_correction(correction: Correction | None) -> dict[str, object] | None:
+    """Kind, rank, source of V and a hash of the tensors."""
+    if correction is None:
+        return None
+    tensors = list(correction.scales.items())
+    tensors += [(f"{name}/{i}", half) for name, pair in correction.factors.items() for i, half in enumerate(pair)]
+    return {
+        "kind": correction.kind,
+        "rank": correction.rank,
+        "source": correction.source,
+        "fingerprint": _of_tensors(tensors),
+    }
+
+
+def _of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

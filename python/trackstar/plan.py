@@ -1,0 +1,137 @@
+"""What a build will need, said before it starts."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trackstar.collector import GradientCollector
+from trackstar.correction import Correction
+from trackstar.examples import Encoded, length_batches
+from trackstar.manifest import Manifest, StoreError
+from trackstar.modules import fan, select_modules
+from trackstar.passes import BATCH_TOKENS, has_loss, rows_of
+from trackstar.writing import shard_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Needs of a build.
+
+    Attributes:
+        path: where.
+        rows: examples still to be written.
+        row_shape: (L, d).
+        store_bytes: disk that the finished store takes.
+        staging_bytes: disk that is needed on top of it until the build ends.
+        written_bytes: disk that an earlier run has already filled.
+        memory_bytes: peak memory of the process, roughly: the model, one batch's activations, one shard of rows, R_train.
+        seconds: rough duration, from one timed batch.
+    """
+
+    path: Path
+    rows: int
+    row_shape: tuple[int, int]
+    store_bytes: int
+    staging_bytes: int
+    written_bytes: int
+    memory_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        blocks, size = self.row_shape
+        return (
+            f"{self.rows:,} rows of {blocks} × {size} to write at {self.path}: "
+            f"{_amount(self.store_bytes)} on disk (and {_amount(self.staging_bytes)} until it is done), "
+            f"about {_amount(self.memory_bytes)} of memory at most, about {_duration(self.seconds)}"
+        )
+
+    def require_disk(self) -> None:
+        """Raise StoreError where the disk has less free than the build will write."""
+        free = shutil.disk_usage(self.path).free
+        needed = self.store_bytes + self.staging_bytes - self.written_bytes
+        if free < needed:
+            raise StoreError(f"the build needs {_amount(needed)} of disk at {self.path}, {_amount(free)} are free")
+
+
+def plan_build(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    collector: GradientCollector,
+    correction: Correction | None,
+    dtype: str,
+    sample: int,
+    path: Path,
+    manifest: Manifest | None = None,
+) -> Plan:
+    """Plan the rest of a build; runs one batch of middling length to see how fast the model is."""
+    blocks, size = collector.row_shape
+    count = len(examples)
+    done = manifest.shards[-1].stop if manifest is not None and manifest.shards else 0
+    sampled = sample < count
+    staging = 4 * sample * blocks * size
+    row_bytes = count * blocks * (size * getattr(torch, dtype).itemsize + 4)
+    curvature = blocks * size * (12 * size + 8) + 8 * blocks
+    store = shard_bytes(examples, row_bytes) + curvature + _correction_bytes(correction)
+    tokens = sum(len(example) for example in examples[done:])
+    if manifest is None or manifest.curvature is None:
+        tokens += sample * tokens // max(count - done, 1) if sampled else 0
+    elif not sampled:
+        tokens = 0
+    return Plan(
+        path=path,
+        rows=count - done,
+        row_shape=(blocks, size),
+        store_bytes=store,
+        staging_bytes=staging,
+        written_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        memory_bytes=_memory(model, collector, correction),
+        seconds=tokens * _seconds_per_token(model, examples, collector) if tokens else 0.0,
+    )
+
+
+def _correction_bytes(correction: Correction | None) -> int:
+    if correction is None:
+        return 0
+    tensors = [*correction.scales.values(), *(half for pair in correction.factors.values() for half in pair)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _memory(model: nn.Module, collector: GradientCollector, correction: Correction | None) -> int:
+    """Model + correction + a batch's activations and logits + a shard of rows, twice + R_train in its forms."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    features = sum(sum(fan(module)) for module in select_modules(model).values())
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
+    # Activations are kept once, gradients and the attention's own buffers about double them; the logits exist as
+    # such, as log-probabilities and as their gradient.
+    activations = BATCH_TOKENS * 4 * (2 * features + 3 * vocabulary)
+    blocks, size = collector.row_shape
+    return weights + _correction_bytes(correction) + activations + 2 * (64 << 20) + 28 * blocks * size * size
+
+
+def _seconds_per_token(model: nn.Module, examples: Sequence[Encoded], collector: GradientCollector) -> float:
+    counted = sorted((example for example in examples if has_loss(example)), key=len)
+    if not counted:
+        return 0.0
+    middle = counted[len(counted) // 2 :]
+    batch = [middle[i] for i in length_batches([len(example) for example in middle], BATCH_TOKENS // 2)[0]]
+    rows_of(model, batch[:1], collector)
+    began = time.perf_counter()
+    rows_of(model, batch, collector)
+    return (time.perf_counter() - began) / sum(len(example) for example in batch)
+
+
+def _amount(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,48 @@
+"""A bar that moves on a terminal, and a line now and then where there is none."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINE_EVERY = 10.0
+"""Seconds between lines where the output is no terminal."""
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} examples/s" if task.speed else "")
+
+
+def console() -> Console:
+    """Where progress and plans are shown: standard error, so that results can be piped."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def track(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show how far ``label`` has come; the block calls what it gets with the number of examples just done."""
+    screen = console()
+    if screen.is_terminal:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+        with Progress(*columns, console=screen) as bar:
+            task = bar.add_task(label, total=total, completed=done)
+            yield lambda count: bar.advance(task, count)
+        return
+    began = spoke = time.monotonic()
+    fresh = 0
+
+    def advance(count: int) -> None:
+        nonlocal fresh, spoke
+        fresh += count
+        now = time.monotonic()
+        if now - spoke >= LINE_EVERY or done + fresh == total:
+            spoke = now
+            rate = fresh / max(now - began, 1e-9)
+            left = (total - done - fresh) / max(rate, 1e-9)
+            screen.print(f"{label}: {done + fresh}/{total} examples, {rate:.1f}/s, {left:.0f} s left")
+
+    yield advance

@@ -1,0 +1,81 @@
+"""What is captured and how it is sketched: the part of a store's identity that the user chooses."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from trackstar.modules import group_modules, select_modules
+from trackstar_kernels import projection_matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class SketchSpec:
+    """Sizes and randomness of the two-sided projection, and the grouping of modules into blocks.
+
+    Attributes:
+        seed: seed of every projection, 0 ≤ seed < 2⁶⁴.
+        sketch: p = q; a module's gradient (O, I) becomes sketch × sketch numbers.
+        blocks: "module" (each module a block of its own) or the number of layer blocks; inside a block the
+            projected gradients of the modules add.
+        kind: "rademacher" or "gaussian".
+        modules: shell patterns of the modules to capture; None takes all attention and MLP matrices.
+    """
+
+    seed: int = 0
+    sketch: int = 16
+    blocks: str | int = "module"
+    kind: str = "rademacher"
+    modules: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sketch, bool) or not isinstance(self.sketch, int) or self.sketch < 1:
+            raise ValueError(f"sketch must be an int of at least 1, got {self.sketch!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be an int from 0 to 2**64 - 1, got {self.seed!r}")
+        whole = isinstance(self.blocks, int) and not isinstance(self.blocks, bool)
+        if self.blocks != "module" and not (whole and self.blocks >= 1):  # type: ignore[operator]
+            raise ValueError(f'blocks must be "module" or an int of at least 1, got {self.blocks!r}')
+        if self.kind not in ("rademacher", "gaussian"):
+            raise ValueError(f'kind must be "rademacher" or "gaussian", got {self.kind!r}')
+        if self.modules is not None:
+            if isinstance(self.modules, str) or not self.modules:
+                raise ValueError(f"modules must be None or a list of name patterns, got {self.modules!r}")
+            object.__setattr__(self, "modules", tuple(self.modules))
+
+    @property
+    def block_size(self) -> int:
+        """d, the numbers a block holds: sketch²."""
+        return self.sketch**2
+
+    def projections(
+        self, module_name: str, in_features: int, out_features: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left (sketch, O) and right (sketch, I) projections of a module, float32.
+
+        The streams are the first eight bytes, little-endian, of BLAKE2b of "<module name>/left" and ".../right":
+        they depend on nothing but the name, so that any subset of modules is projected alike.
+        """
+        left, right = (
+            projection_matrix(
+                self.sketch, size, seed=self.seed, stream=_stream(f"{module_name}/{side}"), kind=self.kind
+            )
+            for side, size in (("left", out_features), ("right", in_features))
+        )
+        return left, right
+
+    def block_of(self, model: nn.Module) -> dict[str, int]:
+        """Block index of every captured module, in the order of ``model.named_modules()``."""
+        return group_modules(list(select_modules(model, self.modules)), self.blocks)
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as JSON values."""
+        fields = dataclasses.asdict(self)
+        fields["modules"] = None if self.modules is None else list(self.modules)
+        return fields
+
+
+def _stream(label: str) -> int:
+    return int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "little")
