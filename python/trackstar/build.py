@@ -147,7 +147,7 @@ def build_store(
         manifest = _open_or_create(build, identity, correction, resume)
         if not manifest.complete:
             plan = plan_build(model, encoded, collector, correction, dtype, build.sample, path, manifest)
-            console().print(str(plan))
+            console().print(str(plan), soft_wrap=True)
             plan.require_disk()
         if manifest.curvature is None:
             manifest = _commit_curvature(build, manifest)

@@ -9,7 +9,7 @@ from torch import nn
 
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
-from trackstar.examples import Encoded, check_vocabulary, encode_examples, length_batches
+from trackstar.examples import IGNORED, Encoded, check_vocabulary, encode_examples, length_batches
 from trackstar.losses import Loss, nll
 from trackstar.spec import SketchSpec
 
@@ -45,7 +45,7 @@ def run_batch(model: nn.Module, batch: Sequence[Encoded], loss: Loss = nll) -> N
     device = next(model.parameters()).device
     width = max(len(example) for example in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full((len(batch), width), -100)
+    labels = torch.full((len(batch), width), IGNORED)
     for i, example in enumerate(batch):
         tokens[i, : len(example)] = torch.from_numpy(example.tokens)
         labels[i, : len(example)] = torch.from_numpy(example.labels)
@@ -56,7 +56,7 @@ def run_batch(model: nn.Module, batch: Sequence[Encoded], loss: Loss = nll) -> N
 
 def has_loss(example: Encoded) -> bool:
     """Whether any prediction of the example counts towards its loss."""
-    return bool((example.labels[1:] != -100).any())
+    return bool((example.labels[1:] != IGNORED).any())
 
 
 def check_model(model: nn.Module) -> None:
@@ -111,7 +111,8 @@ def rows_of(
                 raise FloatingPointError(f"the gradient of example {bad.id!r} holds NaN or Inf: {bad.text[:60]!r}")
             rows[positions] = found
             on_batch(len(batch))
-    on_batch(len(examples) - len(counted))
+    if len(counted) < len(examples):
+        on_batch(len(examples) - len(counted))
     return rows
 
 
