@@ -5,12 +5,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "gradient.h"
 
 namespace py = pybind11;
 using namespace trackstar;
@@ -42,6 +44,21 @@ void set_isa_by_name(const std::string& wanted) {
   throw std::invalid_argument("isa must be one of available_isas(), got '" + wanted + "'");
 }
 
+template <typename T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int64_t out_features,
+                          std::int64_t rank, std::int64_t q, std::int64_t p, std::uintptr_t activations,
+                          std::uintptr_t output_grads, std::uintptr_t offsets, std::uintptr_t left,
+                          std::uintptr_t right, std::uintptr_t scale, std::uintptr_t out, int threads) {
+  project_gradients({batch, in_features, out_features, rank, q, p, at<const float>(activations),
+                     at<const float>(output_grads), at<const std::int64_t>(offsets), at<const float>(left),
+                     at<const float>(right), at<const float>(scale)},
+                    at<float>(out), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -50,4 +67,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas, "Instruction set levels that this machine can run, lowest first.");
   m.def("isa", &isa_name, "The level in force.");
   m.def("set_isa", &set_isa_by_name, py::arg("name"), "Put a level in force, for tests and benchmarks.");
+
+  m.def("project_gradients", &project_gradients_at, py::arg("batch"), py::arg("in_features"),
+        py::arg("out_features"), py::arg("rank"), py::arg("q"), py::arg("p"), py::arg("activations"),
+        py::arg("output_grads"), py::arg("offsets"), py::arg("left"), py::arg("right"), py::arg("scale"),
+        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "csrc/gradient.h; arrays as addresses.");
 }

@@ -1,0 +1,371 @@
+"""project_gradients against its definition, and the promises of its docstring."""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trackstar_kernels import _C, available_backends, project_gradients
+
+# The cpu backend once for each instruction set level that this machine can run.
+BACKENDS = ["reference", *(f"cpu {isa}" for isa in _C.available_isas())]
+KERNELS = BACKENDS[1:]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    yield from level_in_force(request.param)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    yield from level_in_force(request.param)
+
+
+def level_in_force(name):
+    """Yield the backend's own name, with its level in force meanwhile."""
+    backend, *level = name.split()
+    before = _C.isa()
+    _C.set_isa(*level or [before])
+    yield backend
+    _C.set_isa(before)
+
+
+@dataclass
+class Case:
+    """One call: packed examples of the given lengths, and everything else."""
+
+    lengths: list[int]
+    sizes: tuple[int, int, int, int]  # I, O, p, q
+    rank: int | None = None
+    exact: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __post_init__(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = sum(self.lengths)
+        in_features, out_features, p, q = self.sizes
+        ranks = () if self.rank is None else (self.rank,)
+        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        self.activations = normal(tokens, in_features).to(self.dtype)
+        self.output_grads = normal(tokens, out_features).to(self.dtype)
+        self.left = normal(*ranks, q, out_features) / q**0.5
+        self.right = normal(*ranks, p, in_features) / p**0.5
+        self.scale = normal(out_features, in_features).exp() if self.exact else None
+        self.offsets = torch.tensor([0, *itertools.accumulate(self.lengths)])
+
+    def run(self, backend, **replaced):
+        """The packed call, with some of its arguments replaced."""
+        arguments = {"activations": self.activations, "output_grads": self.output_grads}
+        arguments |= {"left": self.left, "right": self.right, "scale": self.scale, "offsets": self.offsets}
+        return project_gradients(**arguments | replaced, backend=backend)
+
+    def example(self, b):
+        """Example b's activations and output gradients, as a batch of one."""
+        tokens = slice(self.offsets[b], self.offsets[b + 1])
+        return {
+            "activations": self.activations[tokens][None],
+            "output_grads": self.output_grads[tokens][None],
+        }
+
+    def padded(self, extra=0):
+        """All examples, padded with zeros to the longest length and `extra` more."""
+        longest = max(self.lengths, default=0) + extra
+        return {
+            name: torch.stack(
+                [
+                    torch.nn.functional.pad(self.example(b)[name][0], (0, 0, 0, longest - length))
+                    for b, length in enumerate(self.lengths)
+                ]
+            )
+            for name in ("activations", "output_grads")
+        }
+
+    def truth(self):
+        """The definition in float64, with explicit sums."""
+        left, right = (t.double().reshape(-1, *t.shape[-2:]) for t in (self.left, self.right))
+        rows = []
+        for b in range(len(self.lengths)):
+            x, delta = (t[0].double() for t in self.example(b).values())
+            gradient = torch.einsum("to,ti->oi", delta, x)
+            if self.scale is not None:
+                gradient = gradient * self.scale.double()
+            rows.append(torch.einsum("rqo,oi,rpi->qp", left, gradient, right))
+        return torch.stack(rows)
+
+
+def assert_accurate(case, got, backend_of_rule="reference"):
+    """Error at most twice that of the definition evaluated in the same precision."""
+    truth, plain = case.truth(), case.run(backend_of_rule)
+    assert got.dtype == torch.float32
+    assert got.shape == truth.shape
+    error, allowed = (got.double() - truth).abs().max(), 2 * (plain.double() - truth).abs().max()
+    assert error <= allowed + 1e-6 * truth.abs().max()
+
+
+# On both sides of every boundary: tiles of 6 to 24, blocks of 48 and 192, chains of 256, pieces of 1024.
+SHAPES = [
+    ([16, 16], (64, 96, 16, 16)),
+    ([1], (1, 1, 1, 1)),
+    ([5, 1, 3], (7, 5, 3, 2)),
+    ([257, 0, 31], (193, 49, 17, 7)),
+    ([1025, 2, 1024, 3], (31, 53, 5, 8)),
+    ([2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2], (389, 307, 16, 16)),
+    ([40], (100, 100, 130, 129)),
+]
+FORMS = {
+    "plain": {},
+    "rank 3": {"rank": 3},
+    "exact": {"exact": True},
+    "exact, rank 2": {"rank": 2, "exact": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("lengths", "sizes"), SHAPES)
+def test_matches_definition(kernel, lengths, sizes, form):
+    case = Case(lengths, sizes, **form)
+    assert_accurate(case, case.run(kernel))
+    assert_accurate(case, case.run(kernel, offsets=None, **case.padded()))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_reference_keeps_float64(form):
+    case = Case([30, 0, 7], (13, 11, 5, 3), **form, dtype=torch.float64)
+    got = case.run("reference")
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, case.truth(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exact", [False, True])
+def test_narrow_inputs_are_widened_first(backend, dtype, exact):
+    case = Case([50, 20], (70, 60, 8, 8), exact=exact, dtype=dtype)
+    assert_accurate(case, case.run(backend))
+    narrow = {"left": case.left.to(dtype), "right": case.right.to(dtype)}
+    wide = {name: tensor.float() for name, tensor in narrow.items()}
+    assert torch.equal(case.run(backend, **narrow), case.run(backend, **wide))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=10),
+    sizes=st.tuples(*[st.integers(1, 211)] * 2, *[st.integers(1, 37)] * 2),
+    rank=st.sampled_from([None, 1, 2]),
+    exact=st.booleans(),
+    level=st.sampled_from(KERNELS),
+)
+def test_any_shape(lengths, sizes, rank, exact, level):
+    case = Case(lengths, sizes, rank=rank, exact=exact)
+    for backend in level_in_force(level):
+        assert_accurate(case, case.run(backend))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_row_does_not_depend_on_its_company(kernel, form, threads):
+    case = Case([3, 260, 1, 16, 0, 2, 17, 5, 1100, 1], (200, 100, 16, 9), **form)
+    packed = case.run(kernel)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(case.run(kernel), packed)
+        assert torch.equal(case.run(kernel, offsets=None, **case.padded()), packed)
+        assert torch.equal(case.run(kernel, offsets=None, **case.padded(extra=1000)), packed)
+        for b, row in enumerate(packed):
+            assert torch.equal(case.run(kernel, offsets=None, **case.example(b))[0], row)
+        tail = case.offsets[3]
+        later = {
+            "activations": case.activations[tail:],
+            "output_grads": case.output_grads[tail:],
+            "offsets": (case.offsets[3:] - tail).to(torch.int32),
+        }
+        assert torch.equal(case.run(kernel, **later), packed[3:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_reads_nothing_beyond_its_inputs(kernel, exact):
+    """Every input lies between NaNs."""
+
+    def fenced(tensor):
+        fence = torch.full((tensor.numel() + 2048,), torch.nan)
+        fence[1024:-1024] = tensor.flatten()
+        return fence[1024:-1024].view(tensor.shape)
+
+    case = Case([5, 7, 19], (35, 23, 5, 7), rank=2, exact=exact)
+    names = ("activations", "output_grads", "left", "right", *(["scale"] if exact else []))
+    got = case.run(kernel, **{name: fenced(getattr(case, name)) for name in names})
+    assert torch.equal(got, case.run(kernel))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_nan_stays_in_its_row(backend, exact, poison):
+    case = Case([6, 6, 6], (35, 23, 5, 7), exact=exact)
+    clean = case.run(backend)
+    case.output_grads[8, 3] = poison
+    got = case.run(backend)
+    assert not got[1].isfinite().any()
+    assert torch.equal(got[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "sizes", "rank"),
+    [
+        (0, 4, (3, 2, 5, 6), None),
+        (2, 0, (3, 2, 5, 6), None),
+        (2, 4, (0, 2, 5, 6), None),
+        (2, 4, (3, 0, 5, 6), None),
+        (2, 4, (3, 2, 5, 6), 0),
+        (2, 4, (3, 2, 0, 6), 1),
+        (2, 4, (3, 2, 5, 0), 1),
+    ],
+)
+def test_empty_sums_are_zero(backend, exact, batch, tokens, sizes, rank):
+    case = Case([tokens] * batch, sizes, rank=rank, exact=exact)
+    assert torch.equal(case.run(backend), torch.zeros(batch, sizes[3], sizes[2]))
+    in_features, out_features, *_ = sizes
+    padded = {
+        "activations": torch.ones(batch, tokens, in_features),
+        "output_grads": torch.ones(batch, tokens, out_features),
+    }
+    assert torch.equal(case.run(backend, offsets=None, **padded), torch.zeros(batch, sizes[3], sizes[2]))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_strides_and_autograd_do_not_matter(backend, exact):
+    case = Case([6, 5], (35, 23, 5, 7), exact=exact)
+    odd = {
+        "activations": case.activations.T.contiguous().T.requires_grad_(),
+        "output_grads": case.output_grads.repeat_interleave(2, 0)[::2],
+        "left": case.left.T.contiguous().T.requires_grad_(),
+        "offsets": case.offsets.repeat_interleave(2)[::2],
+    }
+    got = case.run(backend, **odd)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, case.run(backend))
+
+
+def test_is_the_gradient_that_autograd_computes(backend):
+    """One backward pass an example, then the projection of the whole weight's gradient."""
+    case = Case([9, 9, 9], (24, 16, 5, 7), exact=True)
+    layer = torch.nn.Linear(24, 16)
+    batch = torch.randn(3, 9, 24)
+    expected = []
+    for example in batch:
+        layer.zero_grad()
+        layer(example).tanh().sum().backward()
+        expected.append(case.left @ (layer.weight.grad * case.scale) @ case.right.T)
+    outputs = layer(batch)
+    (output_grads,) = torch.autograd.grad(outputs.tanh().sum(), outputs)
+    got = case.run(backend, activations=batch, output_grads=output_grads, offsets=None)
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "error", "message"),
+    [
+        ({"activations": [1.0]}, TypeError, "activations must be a torch.Tensor, got list"),
+        ({"scale": 2.0}, TypeError, "scale must be a torch.Tensor, got float"),
+        (
+            {"activations": torch.ones(6, 4).int()},
+            TypeError,
+            "activations must have dtype float32.*got int32",
+        ),
+        (
+            {"output_grads": torch.ones(6, 3).half()},
+            TypeError,
+            "output_grads must have dtype float32; got float16",
+        ),
+        ({"left": torch.ones(2, 3).half()}, TypeError, "left must have dtype float32; got float16"),
+        ({"scale": torch.ones(3, 4).double()}, TypeError, "scale must have dtype float32; got float64"),
+        (
+            {"activations": torch.ones(2, 3, 4)},
+            ValueError,
+            r"activations must have shape \(ΣT, I\), got \(2, 3, 4\)",
+        ),
+        ({"offsets": None}, ValueError, r"activations must have shape \(B, T, I\), got \(6, 4\)"),
+        (
+            {"output_grads": torch.ones(5, 3)},
+            ValueError,
+            r"output_grads must have shape \(6, O\), got \(5, 3\)",
+        ),
+        ({"output_grads": torch.tensor(1.0)}, ValueError, r"output_grads must have shape \(6, O\), got \(\)"),
+        (
+            {"left": torch.ones(2, 4)},
+            ValueError,
+            r"left must have shape \(q, 3\) or \(r, q, 3\), got \(2, 4\)",
+        ),
+        ({"right": torch.ones(2, 3)}, ValueError, r"right must have shape \(p, 4\), got \(2, 3\)"),
+        ({"right": torch.ones(1, 2, 4)}, ValueError, r"right must have shape \(p, 4\), got \(1, 2, 4\)"),
+        (
+            {"left": torch.ones(2, 2, 3), "right": torch.ones(3, 2, 4)},
+            ValueError,
+            r"right must have shape \(2, p, 4\), got \(3, 2, 4\)",
+        ),
+        ({"scale": torch.ones(4, 3)}, ValueError, r"scale must have shape \(3, 4\), got \(4, 3\)"),
+        ({"left": torch.ones(2, 3, device="meta")}, ValueError, "one device, got .*left on meta"),
+        (
+            {"offsets": torch.tensor([0.0, 6.0])},
+            TypeError,
+            "offsets must have dtype int32, int64; got float32",
+        ),
+        (
+            {"offsets": torch.tensor([[0, 6]])},
+            ValueError,
+            r"offsets must have shape \(B \+ 1,\), got \(1, 2\)",
+        ),
+        (
+            {"offsets": torch.tensor([], dtype=torch.int64)},
+            ValueError,
+            "offsets must have at least one element",
+        ),
+        (
+            {"offsets": torch.tensor([1, 6])},
+            ValueError,
+            "offsets must run from 0 to the 6 tokens .* got 1 to 6",
+        ),
+        (
+            {"offsets": torch.tensor([0, 5])},
+            ValueError,
+            "offsets must run from 0 to the 6 tokens .* got 0 to 5",
+        ),
+        (
+            {"offsets": torch.tensor([0, 4, 2, 6])},
+            ValueError,
+            "offsets must ascend, got 4 before 2 at position 2",
+        ),
+        (
+            {"backend": "triton"},
+            ValueError,
+            "backend of project_gradients on cpu must be one of cpu, reference",
+        ),
+    ],
+)
+def test_bad_input(replaced, error, message):
+    arguments = {
+        "activations": torch.ones(6, 4),
+        "output_grads": torch.ones(6, 3),
+        "left": torch.ones(2, 3),
+        "right": torch.ones(2, 4),
+        "offsets": torch.tensor([0, 6]),
+    }
+    with pytest.raises(error, match=message):
+        project_gradients(**arguments | replaced)
+
+
+def test_cpu_kernel_refuses_float64():
+    case = Case([4], (3, 2, 5, 6), dtype=torch.float64)
+    with pytest.raises(TypeError, match="for float64 activations use backend='reference'"):
+        case.run("cpu")
+
+
+def test_backends():
+    assert available_backends()["project_gradients"]["cpu"] == ("cpu", "reference")
