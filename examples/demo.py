@@ -71,13 +71,13 @@ def run() -> None:
     with watch.stage("query"), console.status(f"Asking {len(QUERIES)} questions"):
         result = trackstar.attribute(store, model, QUERIES, tokenizer=tokenizer, k=SHOWN)
     trackstar.print_result(result)
-    OUTPUT.parent.mkdir(exist_ok=True)
     result.to_jsonl(OUTPUT)
     report(store, result, watch)
     console.print(
-        f"\nAnswers: {OUTPUT}\nStore:   {store.path}\n\nWith your own model and data:\n"
+        f"\nAnswers: {OUTPUT}\nStore:   {store.path}\nModel:   {folder}\n\n"
+        "With your own model and data:\n"
         "  trackstar build --model DIR --data FILE.jsonl --out STORE\n"
-        '  trackstar query STORE --model DIR --prompt "The capital of Kenya is" --target " Nairobi"',
+        '  trackstar query STORE --model DIR --prompt "The capital of Norway is" --target " Oslo"',
         highlight=False,
         soft_wrap=True,
     )
@@ -100,10 +100,8 @@ def finished_store(
     try:
         store = trackstar.open_store(path)
     except FileNotFoundError:
-        sample = passages[:: len(passages) // MOMENT_SAMPLE][:MOMENT_SAMPLE]
-        with watch.stage("second moments"), console.status(f"Second moments of {len(sample)} gradients"):
-            second = trackstar.SecondMoments.estimate(model, sample, tokenizer=tokenizer)
-            correction = second.correction("exact")
+        with watch.stage("second moments"):
+            correction = estimated_correction(model, tokenizer, passages)
     else:
         if store.complete:
             return store
@@ -112,6 +110,20 @@ def finished_store(
         return trackstar.build_store(
             path, model, passages, tokenizer=tokenizer, spec=SPEC, correction=correction, dtype="float16"
         )
+
+
+def estimated_correction(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    passages: list[Passage],
+) -> trackstar.Correction:
+    """The exact optimizer correction, from the gradients of a few passages spread over the corpus."""
+    sample = passages[:: len(passages) // MOMENT_SAMPLE][:MOMENT_SAMPLE]
+    with console.status(f"Estimating second moments from {MOMENT_SAMPLE} passages"):
+        second = trackstar.SecondMoments.estimate(model, sample, tokenizer=tokenizer)
+        correction = second.correction("exact")
+    console.print(f"Estimated second moments from {MOMENT_SAMPLE} passages", highlight=False)
+    return correction
 
 
 def report(store: trackstar.Store, result: trackstar.Result, watch: Stopwatch) -> None:
