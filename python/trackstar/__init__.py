@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from trackstar.attribute import Result as Result
-    from trackstar.attribute import attribute as attribute
+    from trackstar.attribution import Result as Result
+    from trackstar.attribution import attribute as attribute
     from trackstar.build import build_store as build_store
     from trackstar.collector import GradientCollector as GradientCollector
     from trackstar.correction import Correction as Correction
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Correction": "correction",
     "GradientCollector": "collector",
-    "Result": "attribute",
+    "Result": "attribution",
     "SecondMoments": "second_moments",
     "SketchSpec": "spec",
     "Store": "store",
     "StoreError": "store",
-    "attribute": "attribute",
+    "attribute": "attribution",
     "build_store": "build",
     "collect_rows": "passes",
     "open_store": "store",
@@ -46,10 +46,7 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:  # noqa: ANN401
     if name not in _HOMES:
         raise AttributeError(f"module 'trackstar' has no attribute {name!r}")
-    # A function may share its module's name: binding it here keeps the import system from winning later.
-    value = getattr(importlib.import_module(f"trackstar.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"trackstar.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

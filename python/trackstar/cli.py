@@ -93,7 +93,7 @@ def query(
         except ValueError:
             raise typer.BadParameter(f'--mixing must be "auto" or a number, got {mixing!r}') from None
 
-    from trackstar.attribute import Result, query_rows, score_rows
+    from trackstar.attribution import Result, query_rows, score_rows
     from trackstar.examples import encode_queries
     from trackstar.report import print_result
     from trackstar.store import open_store

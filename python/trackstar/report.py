@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trackstar.attribute import Result
+from trackstar.attribution import Result
 
 PASSAGE = 300
 """Characters of a passage that are shown."""

@@ -14,6 +14,7 @@ from trackstar.examples import check_vocabulary, encode_examples, length_batches
 from trackstar.losses import Loss, nll
 from trackstar.modules import is_conv1d, select_modules
 from trackstar.passes import BATCH_TOKENS, check_model, evaluating, has_loss, position_limit, run_batch, vocabulary_size
+from trackstar.progress import track
 from trackstar.tap import GradientTap
 
 Moment = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -115,9 +116,11 @@ class SecondMoments:
                 gradient = delta.T @ x
                 total.addcmul_(gradient, gradient)
 
-        with evaluating(model), GradientTap(chosen, add_squares):
-            for batch in length_batches([len(example) for example in counted], BATCH_TOKENS):
+        batches = length_batches([len(example) for example in counted], BATCH_TOKENS)
+        with track("second moments", len(counted)) as advance, evaluating(model), GradientTap(chosen, add_squares):
+            for batch in batches:
                 run_batch(model, [counted[i] for i in batch], loss)
+                advance(len(batch))
         moments: dict[str, Moment] = {name: (sums[name] / len(counted)).cpu() for name in chosen}
         eps = {name: ESTIMATE_DAMPING * v.mean().sqrt().item() for name, v in moments.items()}  # type: ignore[union-attr]
         return SecondMoments(f"estimate:{len(counted)}", moments, eps)

@@ -1,0 +1,5 @@
+"""``python -m trackstar``: the command line."""
+
+from trackstar.cli import main
+
+main()

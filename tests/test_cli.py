@@ -1,0 +1,167 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from trackstar.cli import app, main
+
+WORDS = "the a capital currency of Kenya Peru Norway is Nairobi Lima Oslo krone sol shilling city in and .".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model with a word tokenizer, and a corpus of sentences."""
+    root = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(root / "model")
+    make_llama(vocab_size=len(vocabulary)).save_pretrained(root / "model")
+    facts = [
+        f"the {what} of {place} is {name} ."
+        for place, capital, currency in (("Kenya", "Nairobi", "shilling"), ("Peru", "Lima", "sol"), ("Norway", "Oslo", "krone"))
+        for what, name in (("capital", capital), ("currency", currency))
+    ]
+    lines = [{"id": f"fact-{i}", "text": text} for i, text in enumerate(facts * 3)]
+    (root / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return root
+
+
+def run(*arguments):
+    """(exit code, standard output, standard error) of the command line, in this process."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], standalone_mode=True)
+    return result.exit_code, result.output
+
+
+def call_main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["trackstar", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def store(folder):
+    out = folder / "store"
+    options = ("--correction", "rank", "--rank", "2", "--estimate", "6", "--sketch", "4", "--dtype", "float32")
+    code, output = run("build", "--model", folder / "model", "--data", folder / "data.jsonl", "--out", out, *options)
+    assert code == 0, output
+    return out
+
+
+def test_build_then_query(folder, store, monkeypatch, capsys, tmp_path):
+    arguments = ("query", store, "--model", folder / "model", "--prompt", "the capital of Peru is", "--target", "Lima")
+    code, out, _ = call_main(monkeypatch, capsys, *arguments, "-k", 3, "--opponents", "--out", tmp_path / "o.jsonl")
+    assert code == 0
+    assert "*capital* of *Peru* is *Lima*" in out
+    assert "opponents" in out
+    line = json.loads((tmp_path / "o.jsonl").read_text())
+    assert line["inputs_plaintext"] == "the capital of Peru is"
+    assert len(line["proponents"]) == len(line["opponent_scores"]) == 3
+    assert line["proponent_ids"][0].startswith("fact-")
+
+
+def test_many_queries_from_a_file(folder, store, monkeypatch, capsys, tmp_path):
+    queries = [{"prompt": "the capital of Peru is", "target": "Lima"}, {"prompt": "Oslo is the", "target": "capital"}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    arguments = ("query", store, "--model", folder / "model", "--queries", tmp_path / "q.jsonl", "--mixing", "0.5")
+    code, out, _ = call_main(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert out.count("proponents, λ = 0.500") == 2
+
+
+def test_info_and_verify(store, monkeypatch, capsys):
+    code, out, _ = call_main(monkeypatch, capsys, "info", store)
+    assert code == 0
+    assert "18 rows of 14×16 float32" in out
+    assert '"source": "estimate:6"' in out
+    code, out, _ = call_main(monkeypatch, capsys, "verify", store)
+    assert (code, out.strip()) == (0, "18 rows in 1 shards, all as written; complete")
+
+
+def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
+    import shutil
+
+    damaged = tmp_path / "store"
+    shutil.copytree(store, damaged)
+    file = next((damaged / "shards").glob("*/rows/data.ninja"))
+    content = bytearray(file.read_bytes())
+    content[5] ^= 1
+    file.write_bytes(content)
+    code, out, _ = call_main(monkeypatch, capsys, "verify", damaged)
+    assert code == 1
+    assert "rows/data.ninja does not match its checksum" in out
+    arguments = ("query", damaged, "--model", folder / "model", "--prompt", "the", "--target", "capital")
+    code, out, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "nothing is served from it" in err
+
+
+def test_plan_writes_nothing(folder, monkeypatch, capsys, tmp_path):
+    arguments = ("plan", "--model", folder / "model", "--data", folder / "data.jsonl", "--out", tmp_path / "s")
+    code, out, _ = call_main(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert "18 rows of 14 × 256 to write" in " ".join(out.split())
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "nowhere"}, "--model must be a folder with a transformers model"),
+        ({"--data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"--sketch": "0"}, "sketch must be an int of at least 1, got 0"),
+        ({"--blocks": "layers"}, "blocks must be"),
+        ({"--correction": "exact", "--optimizer": "none.pt"}, "optimizer state must be a file"),
+    ],
+)
+def test_one_clear_line(folder, monkeypatch, capsys, tmp_path, change, message):
+    options = {"--model": folder / "model", "--data": folder / "data.jsonl", "--out": tmp_path / "s"} | change
+    code, _, err = call_main(monkeypatch, capsys, "build", *(word for pair in options.items() for word in pair))
+    assert code == 1
+    assert err.startswith("trackstar: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is empty"), ('{"text": "a"}\n{', "line 2"), ('{"txt": "a"}', "examples[0] must have"), ("[1]", "must be a mapping")],
+)
+def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message):
+    (tmp_path / "d.jsonl").write_text(content)
+    arguments = ("build", "--model", folder / "model", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s")
+    code, _, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["build"],
+        ["nothing"],
+        ["query", "S", "--model", "M"],
+        ["query", "S", "--model", "M", "--prompt", "a"],
+        ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--mixing", "much"],
+        ["build", "--model", "M", "--data", "D", "--out", "S", "--dtype", "int3"],
+        ["build", "--model", "M", "--data", "D", "--out", "S", "-k", "3"],
+    ],
+)
+def test_bad_usage_exits_with_two(monkeypatch, capsys, arguments):
+    assert call_main(monkeypatch, capsys, *arguments)[0] == 2
+
+
+def test_help_lists_the_commands():
+    out = subprocess.run([sys.executable, "-m", "trackstar", "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(command in out for command in ("build", "query", "info", "verify", "plan"))
