@@ -1,14 +1,13 @@
 """Building a store: once per model and corpus, interruptible at any moment.
 
-First the rows of a sample are collected for R_train, then every example's row is whitened and written, shard by
-shard. Where the sample is the whole corpus (the usual case below 10,000 examples) the model runs only once: the
-sample's rows are kept until they have been whitened. A shard is a pure function of the model, the spec, R_train and
-its range of examples, so a build that was killed and taken up again gives the same bytes.
+First the rows of a sample are collected for R_train, then every example's row is whitened and written,
+shard by shard. Where the sample is the whole corpus (the usual case below 10,000 examples) the model runs
+only once: its rows are kept until they have been whitened. A shard is a pure function of the model, the spec,
+R_train and its range of examples, so a build that was killed and taken up again gives the same bytes.
 """
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +23,20 @@ from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
 from trackstar.curvature import DAMPING, estimate_curvature
 from trackstar.examples import Encoded, check_vocabulary, encode_examples
-from trackstar.manifest import FileRecord, Manifest, StoreError, record_of, sync_folder
+from trackstar.manifest import Manifest, StoreError, make_folder
 from trackstar.passes import check_model, position_limit, rows_of, vocabulary_size
 from trackstar.plan import plan_build
 from trackstar.progress import console, track
 from trackstar.spec import SketchSpec
 from trackstar.store import Store, open_store
-from trackstar.writing import read_staged, write_curvature, write_shard, write_staged
+from trackstar.writing import (
+    read_staged,
+    remove_folder,
+    write_correction,
+    write_curvature,
+    write_shard,
+    write_staged,
+)
 from trackstar_kernels import encode_rows
 from trackstar_kernels.encode import DTYPES
 
@@ -40,10 +46,8 @@ SAMPLE = 10_000
 SHARD_BYTES = 64 << 20
 """Float32 bytes of a shard's rows: what an interruption can cost, and what a scan keeps mapped."""
 
-OWN_NAMES = {"lock", "manifest.json", "manifest.json.new", "staging", "shards", "curvature"} | {
-    "correction.safetensors",
-    "correction.safetensors.new",
-}
+UNCOMMITTED = {"lock", "manifest.json.new", "correction.safetensors.new", "correction.safetensors"}
+"""All that a build killed before its first commit can leave."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def build_store(
     model: nn.Module,
     examples: Iterable[Mapping[str, Any]],
     *,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     spec: SketchSpec | None = None,
     correction: Correction | None = None,
     dtype: str = "float16",
@@ -113,8 +117,8 @@ def build_store(
 
     Raises:
         ValueError: an argument is not usable.
-        StoreError: ``path`` holds something else, or a store of another model, corpus, spec, correction or dtype
-            (the difference is named), or another process is building there.
+        StoreError: ``path`` holds something else, or a store of another model, corpus, spec, correction or
+            dtype (the difference is named), or another process is building there.
         OSError: the disk is full or cannot be written; what was committed stays.
         FloatingPointError: an example's gradient is NaN or Inf.
     """
@@ -152,7 +156,7 @@ def build_store(
         if manifest.curvature is None:
             manifest = _commit_curvature(build, manifest)
         _commit_shards(build, manifest)
-        shutil.rmtree(path / "staging", ignore_errors=True)
+        remove_folder(path / "staging")
     return open_store(path)
 
 
@@ -161,11 +165,13 @@ def _exclusive(path: Path) -> Iterator[None]:
     """Hold the store's lock, which the system lets go of however this process ends."""
     if path.exists() and not path.is_dir():
         raise StoreError(f"path must be a folder, got the file {path}")
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / "manifest.json").exists():
-        strangers = sorted({entry.name for entry in path.iterdir()} - OWN_NAMES)
-        if strangers:
-            raise StoreError(f"path must be empty or hold a store; {path} holds {strangers[0]!r}")
+    make_folder(path)
+    names = {entry.name for entry in path.iterdir()}
+    if "manifest.json" not in names and names - UNCOMMITTED:
+        raise StoreError(
+            f"path must be an empty folder or hold a store; {path} holds {min(names - UNCOMMITTED)!r} "
+            "and no manifest.json"
+        )
     lock = filelock.FileLock(path / "lock", timeout=0)
     try:
         lock.acquire()
@@ -192,29 +198,23 @@ def _open_or_create(
                 "build into another folder"
             )
         return manifest
-    record = None if correction is None else _write_correction(build.path, correction)
+    for name in UNCOMMITTED - {"lock"}:
+        (build.path / name).unlink(missing_ok=True)
+    record = None if correction is None else write_correction(build.path, correction)
     manifest = Manifest(identity, build.collector.row_shape, len(build.examples), record)
     manifest.write(build.path)
     return manifest
 
 
-def first_difference(kept: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any] | None:  # noqa: ANN401
+def first_difference(kept: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """Where two trees of JSON values first differ: (dotted name, left, right), or None."""
     if isinstance(kept, dict) and isinstance(wanted, dict):
-        for key in wanted.keys() | kept.keys():
+        for key in wanted | kept:
             found = first_difference(kept.get(key), wanted.get(key), f"{name}.{key}" if name else key)
             if found is not None:
                 return found
         return None
     return None if kept == wanted else (name, kept, wanted)
-
-
-def _write_correction(path: Path, correction: Correction) -> FileRecord:
-    temporary = path / "correction.safetensors.new"
-    correction.save(temporary)
-    sync_folder(temporary)
-    temporary.replace(path / "correction.safetensors")
-    return record_of(path / "correction.safetensors")
 
 
 def _commit_curvature(build: _Build, manifest: Manifest) -> Manifest:
@@ -234,7 +234,7 @@ def _commit_curvature(build: _Build, manifest: Manifest) -> Manifest:
     manifest = replace(manifest, curvature=write_curvature(build.path, curvature))
     manifest.write(build.path)
     if build.sampled:
-        shutil.rmtree(build.path / "staging", ignore_errors=True)
+        remove_folder(build.path / "staging")
     return manifest
 
 

@@ -1,8 +1,10 @@
 """The one file that says what a store holds, replaced as a whole at every commit."""
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ NAME = "manifest.json"
 
 
 class StoreError(Exception):
-    """A store that cannot be used as asked: damaged, incomplete, of another version, or built for something else."""
+    """A store that cannot be used as asked: damaged, incomplete, of another version, or of something else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +73,12 @@ class Manifest:
         """Commit: replace the manifest in the folder ``path`` atomically and durably."""
         temporary = path / (NAME + ".new")
         content = dataclasses.asdict(self)
-        with temporary.open("w") as file:
-            json.dump({"format": FORMAT, "checksum": _checksum(content), "content": content}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path / NAME)
-        sync_folder(path)
+        text = _canonical({"format": FORMAT, "checksum": _checksum(content), "content": content})
+        with naming(temporary):
+            temporary.write_text(text)
+            sync(temporary)
+            temporary.replace(path / NAME)
+            sync(path)
 
     @staticmethod
     def read(path: Path) -> "Manifest | None":
@@ -98,7 +100,7 @@ class Manifest:
                     f"{path} is a store of format {document['format']}; this version reads format {FORMAT}"
                 )
             fields = document["content"]
-            if document["checksum"] != _checksum(fields):
+            if text != _canonical(document) or document["checksum"] != _checksum(fields):
                 raise StoreError(f"{path / NAME} is damaged: it does not match its own checksum")
             shards = tuple(
                 ShardRecord(**(shard | {"files": _records(shard["files"])})) for shard in fields.pop("shards")
@@ -150,20 +152,43 @@ def damage_of(root: Path, name: str, record: FileRecord) -> list[str]:
     return []
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, so that it is still there after a power failure."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 def sync_tree(folder: Path) -> None:
     """Bring every file and folder below ``folder`` to the disk."""
     for entry in folder.rglob("*"):
-        sync_folder(entry)
-    sync_folder(folder)
+        sync(entry)
+    sync(folder)
 
 
-def sync_folder(path: Path) -> None:
-    """Bring one file, or a folder's list of names, to the disk."""
+def sync(path: Path) -> None:
+    """Bring one file's bytes, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give a system error of the block that names no file, such as a full disk's, the name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _canonical(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1)
 
 
 def _checksum(content: dict[str, Any]) -> str:

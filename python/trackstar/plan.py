@@ -1,6 +1,7 @@
 """What a build will need, said before it starts."""
 
 import dataclasses
+import errno
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import nn
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
 from trackstar.examples import Encoded, length_batches
-from trackstar.manifest import Manifest, StoreError
+from trackstar.manifest import Manifest
 from trackstar.modules import fan, select_modules
 from trackstar.passes import BATCH_TOKENS, has_loss, rows_of
 from trackstar.writing import shard_bytes
@@ -51,11 +52,12 @@ class Plan:
         )
 
     def require_disk(self) -> None:
-        """Raise StoreError where the disk has less free than the build will write."""
+        """Raise OSError where the disk has less free than the build will write."""
         free = shutil.disk_usage(self.path).free
         needed = self.store_bytes + self.staging_bytes - self.written_bytes
         if free < needed:
-            raise StoreError(f"the build needs {_amount(needed)} of disk at {self.path}, {_amount(free)} are free")
+            message = f"the build needs {_amount(needed)} of disk, {_amount(free)} are free"
+            raise OSError(errno.ENOSPC, message, str(self.path))
 
 
 def plan_build(

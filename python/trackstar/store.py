@@ -5,7 +5,7 @@
     STORE/correction.safetensors   the optimizer correction that the rows were built with, if any
     STORE/shards/<first>-<end>/    rows, squared_norms, tokens, text and ids of examples first ≤ i < end
 
-Every array is an mmap_ninja folder. Shards are immutable; a file that the manifest does not name does not exist.
+Every array is an mmap_ninja folder. Shards are immutable; what the manifest does not name does not exist.
 """
 
 import bisect
@@ -31,8 +31,8 @@ CURVATURE_ARRAYS = ("train", "damping", "eigenvalues", "whitener")
 class Store:
     """A store opened for reading; :func:`open_store` makes one.
 
-    Files are memory-mapped shard by shard and let go again, so memory does not grow with the store. The checksum
-    of a shard is compared before its first row is served.
+    Files are memory-mapped shard by shard and let go again, so memory does not grow with the store. The
+    checksum of a shard is compared before its first row is served.
     """
 
     def __init__(self, path: Path, manifest: Manifest, *, check: bool = True) -> None:
@@ -79,7 +79,7 @@ class Store:
     @functools.cached_property
     def spec(self) -> SketchSpec:
         """The spec that rows were collected with."""
-        return SketchSpec(**self._manifest.identity["spec"])  # type: ignore[arg-type]
+        return SketchSpec(**self._manifest.identity["spec"])
 
     @functools.cached_property
     def correction(self) -> Correction | None:
@@ -129,7 +129,7 @@ class Store:
         return torch.cat(parts)
 
     def scan(self) -> Iterator[tuple[ShardRecord, torch.Tensor, torch.Tensor]]:
-        """Each shard with its rows (n, L, d) in the store's dtype and squared norms (n, L), mapped, not copied.
+        """Each shard, its rows (n, L, d) in the store's dtype and squared norms (n, L), mapped, not copied.
 
         Raises:
             StoreError: a shard is damaged.
@@ -151,16 +151,20 @@ class Store:
     def tokens(self, index: int) -> np.ndarray:
         """The token ids (T,) int32 that example ``index`` was built from."""
         shard = self._shard_of(index)
-        ragged = RaggedMmap(self._folder(shard) / "tokens", mode="r")
+        ragged = RaggedMmap(self._folder(shard, "tokens"), mode="r")
         return np.array(ragged[index - shard.start], dtype=np.int32)
 
     def damage(self) -> list[str]:
         """What is wrong with the store's files, one line each; reads every byte. Empty: all is well."""
-        return [line for name, record in self._manifest.files().items() for line in damage_of(self.path, name, record)]
+        return [
+            line
+            for name, record in self._manifest.files().items()
+            for line in damage_of(self.path, name, record)
+        ]
 
     def _string(self, index: int, name: str) -> str:
         shard = self._shard_of(index)
-        strings = StringsMmap(self._folder(shard) / name, mode="rb")
+        strings = StringsMmap(self._folder(shard, name), mode="rb")
         try:
             return strings[index - shard.start]
         finally:
@@ -171,14 +175,21 @@ class Store:
             raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index}")
         return self._manifest.shards[bisect.bisect_right(self._starts, index) - 1]
 
-    def _folder(self, shard: ShardRecord) -> Path:
+    def _folder(self, shard: ShardRecord, name: str) -> Path:
+        """The folder of one of a shard's arrays, once the shard's checksums have been compared."""
         if self._check and shard.name not in self._checked:
-            self._require_intact({f"shards/{shard.name}/{name}": record for name, record in shard.files.items()})
+            self._require_intact(
+                {f"shards/{shard.name}/{file}": record for file, record in shard.files.items()}
+            )
             self._checked.add(shard.name)
-        return self.path / "shards" / shard.name
+        folder = self.path / "shards" / shard.name / name
+        # mmap_ninja makes the folders that it is to open where they are missing.
+        if not folder.is_dir():
+            raise StoreError(f"{self.path}: shards/{shard.name}/{name} is missing")
+        return folder
 
     def _array(self, shard: ShardRecord, name: str, mode: str = "r") -> np.ndarray:
-        return np_ninja.open_existing(self._folder(shard) / name, mode=mode)
+        return np_ninja.open_existing(self._folder(shard, name), mode=mode)
 
     def _require_intact(self, files: dict[str, FileRecord]) -> None:
         for name, record in files.items():
