@@ -11,8 +11,6 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-
-from benchmarks.timing import interleaved, machine, ratio, save, summary
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
 from trackstar.examples import Encoded
@@ -21,6 +19,8 @@ from trackstar.modules import select_modules
 from trackstar.passes import rows_of
 from trackstar.second_moments import SecondMoments
 from trackstar.spec import SketchSpec
+
+from benchmarks.timing import interleaved, machine, ratio, save, summary
 
 BATCH, TOKENS = 8, 128
 
@@ -41,7 +41,10 @@ def make_model():
 
 def make_batch():
     ids = torch.randint(0, 8192, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    return [Encoded(str(i), "", row.numpy().astype("int32"), row.numpy().astype("int32")) for i, row in enumerate(ids)]
+    return [
+        Encoded(str(i), "", row.numpy().astype("int32"), row.numpy().astype("int32"))
+        for i, row in enumerate(ids)
+    ]
 
 
 def training_step(model, batch, frozen):
@@ -62,7 +65,9 @@ def check(model, batch, spec, correction: Correction | None):
         gradient = module.weight.grad.double()
         if correction is not None:
             exact = correction.scales.get(name)
-            gradient = gradient * (correction.factors[name][0].T @ correction.factors[name][1] if exact is None else exact)
+            gradient = gradient * (
+                correction.factors[name][0].T @ correction.factors[name][1] if exact is None else exact
+            )
         left, right = spec.projections(name, gradient.shape[1], gradient.shape[0])
         wanted.append((left.double() @ gradient @ right.double().T).flatten())
     got = rows_of(model, batch, GradientCollector(model, spec, correction))[0].double()
@@ -89,7 +94,9 @@ def main() -> None:
     }
     for correction in corrections.values():
         check(model, batch, spec, correction)
-    collectors = {name: GradientCollector(model, spec, correction) for name, correction in corrections.items()}
+    collectors = {
+        name: GradientCollector(model, spec, correction) for name, correction in corrections.items()
+    }
 
     def collect(collector):
         return lambda: rows_of(model, batch, collector)
@@ -99,7 +106,9 @@ def main() -> None:
         "frozen": lambda: training_step(model, batch, frozen=True),
     } | {name: collect(collector) for name, collector in collectors.items()}
     seconds = interleaved(candidates, arguments.rounds)
-    table = Table(title=f"Llama h768/2L, {BATCH}×{TOKENS}, p={arguments.sketch}, {arguments.threads} thread(s)")
+    table = Table(
+        title=f"Llama h768/2L, {BATCH}×{TOKENS}, p={arguments.sketch}, {arguments.threads} thread(s)"
+    )
     for column in ("case", "seconds", "p20–p80", "÷ full", "÷ frozen"):
         table.add_column(column, justify="right" if column != "case" else "left")
     cases = []

@@ -3,10 +3,9 @@ import math
 
 import pytest
 import torch
+import trackstar
 from conftest import make_examples, make_llama
 from rich.console import Console
-
-import trackstar
 from trackstar import SketchSpec, StoreError, attribute, build_store, open_store
 from trackstar.attribution import query_rows, score_rows
 from trackstar.examples import encode_queries
@@ -19,7 +18,9 @@ MIXINGS = (0, 0.5, 0.9, 0.99)
 
 def make_queries(count, seed=7):
     queries = []
-    for example in make_examples(torch.randint(4, 9, (count,), generator=torch.Generator().manual_seed(seed)), seed):
+    for example in make_examples(
+        torch.randint(4, 9, (count,), generator=torch.Generator().manual_seed(seed)), seed
+    ):
         ids = example["input_ids"]
         queries.append({"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:]})
     return queries
@@ -33,7 +34,9 @@ def made(tmp_path_factory):
     examples = make_examples((torch.arange(60) % 17 + 4).tolist())
     correction = SecondMoments.estimate(model, examples[:20]).correction("exact")
     path = tmp_path_factory.mktemp("store") / "store"
-    store = build_store(path, model, examples, spec=SPEC, correction=correction, dtype="float32", shard_rows=17)
+    store = build_store(
+        path, model, examples, spec=SPEC, correction=correction, dtype="float32", shard_rows=17
+    )
     return model, examples, correction, store
 
 
@@ -118,7 +121,9 @@ def test_an_example_without_a_gradient_scores_zero(tmp_path, llama):
 
 def test_output_functions_change_the_question_not_the_scale(made):
     model, _, _, store = made
-    results = [attribute(store, model, make_queries(3), k=5, mixing=0, output=o) for o in ("loss", "margin", "logit")]
+    results = [
+        attribute(store, model, make_queries(3), k=5, mixing=0, output=o) for o in ("loss", "margin", "logit")
+    ]
     assert all(r.scores.abs().max() <= 1 + 1e-5 for r in results)
     assert not torch.equal(results[0].scores, results[2].scores)
 
@@ -175,14 +180,17 @@ def test_marking():
     [
         ({"k": 0}, r"k must be an int from 1 to 60 \(the store's examples\), got 0"),
         ({"k": 61}, r"k must be an int from 1 to 60 \(the store's examples\), got 61"),
-        ({"mixing": 1}, "mixing must be \"auto\" or a number with 0 ≤ mixing < 1, got 1"),
+        ({"mixing": 1}, 'mixing must be "auto" or a number with 0 ≤ mixing < 1, got 1'),
         ({"mixing": math.nan}, "got nan"),
         ({"output": "score"}, "output must be one of loss, margin, logit; got 'score'"),
         ({"queries": []}, "queries must hold at least one query"),
         ({"queries": [{"prompt": "a"}]}, r"queries\[0\] must have \"prompt\" and \"target\""),
         ({"queries": [{"prompt": "a", "target": "b"}]}, "tokenizer must be given"),
         ({"queries": [{"input_ids": [1, 2], "labels": [-100, -100]}]}, r"queries\[0\] must have a target"),
-        ({"queries": [{"input_ids": [1, 2], "labels": [2]}]}, "labels must be as long as input_ids, 2 tokens"),
+        (
+            {"queries": [{"input_ids": [1, 2], "labels": [2]}]},
+            "labels must be as long as input_ids, 2 tokens",
+        ),
         ({"queries": [{"input_ids": [1, 200], "labels": [1, 200]}]}, "from 0 to 96"),
     ],
 )
@@ -204,7 +212,9 @@ def test_nan_weights_are_named(made):
     model = make_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="model must have finite weights; 'model.layers.1.mlp.up_proj.weight' holds NaN"):
+    with pytest.raises(
+        ValueError, match=r"model must have finite weights; 'model.layers.1.mlp.up_proj.weight' holds NaN"
+    ):
         attribute(store, model, make_queries(1))
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from conftest import make_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
+from trackstar.cli import app, main
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
-
-from trackstar.cli import app, main
 
 WORDS = "the a capital currency of Kenya Peru Norway is Nairobi Lima Oslo krone sol shilling city in and .".split()
 
@@ -26,7 +25,11 @@ def folder(tmp_path_factory):
     make_llama(vocab_size=len(vocabulary)).save_pretrained(root / "model")
     facts = [
         f"the {what} of {place} is {name} ."
-        for place, capital, currency in (("Kenya", "Nairobi", "shilling"), ("Peru", "Lima", "sol"), ("Norway", "Oslo", "krone"))
+        for place, capital, currency in (
+            ("Kenya", "Nairobi", "shilling"),
+            ("Peru", "Lima", "sol"),
+            ("Norway", "Oslo", "krone"),
+        )
         for what, name in (("capital", capital), ("currency", currency))
     ]
     lines = [{"id": f"fact-{i}", "text": text} for i, text in enumerate(facts * 3)]
@@ -51,15 +54,39 @@ def call_main(monkeypatch, capsys, *arguments):
 @pytest.fixture(scope="module")
 def store(folder):
     out = folder / "store"
-    options = ("--correction", "rank", "--rank", "2", "--estimate", "6", "--sketch", "4", "--dtype", "float32")
-    code, output = run("build", "--model", folder / "model", "--data", folder / "data.jsonl", "--out", out, *options)
+    options = (
+        "--correction",
+        "rank",
+        "--rank",
+        "2",
+        "--estimate",
+        "6",
+        "--sketch",
+        "4",
+        "--dtype",
+        "float32",
+    )
+    code, output = run(
+        "build", "--model", folder / "model", "--data", folder / "data.jsonl", "--out", out, *options
+    )
     assert code == 0, output
     return out
 
 
 def test_build_then_query(folder, store, monkeypatch, capsys, tmp_path):
-    arguments = ("query", store, "--model", folder / "model", "--prompt", "the capital of Peru is", "--target", "Lima")
-    code, out, _ = call_main(monkeypatch, capsys, *arguments, "-k", 3, "--opponents", "--out", tmp_path / "o.jsonl")
+    arguments = (
+        "query",
+        store,
+        "--model",
+        folder / "model",
+        "--prompt",
+        "the capital of Peru is",
+        "--target",
+        "Lima",
+    )
+    code, out, _ = call_main(
+        monkeypatch, capsys, *arguments, "-k", 3, "--opponents", "--out", tmp_path / "o.jsonl"
+    )
     assert code == 0
     assert "*capital* of *Peru* is *Lima*" in out
     assert "opponents" in out
@@ -70,9 +97,21 @@ def test_build_then_query(folder, store, monkeypatch, capsys, tmp_path):
 
 
 def test_many_queries_from_a_file(folder, store, monkeypatch, capsys, tmp_path):
-    queries = [{"prompt": "the capital of Peru is", "target": "Lima"}, {"prompt": "Oslo is the", "target": "capital"}]
+    queries = [
+        {"prompt": "the capital of Peru is", "target": "Lima"},
+        {"prompt": "Oslo is the", "target": "capital"},
+    ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, queries)))
-    arguments = ("query", store, "--model", folder / "model", "--queries", tmp_path / "q.jsonl", "--mixing", "0.5")
+    arguments = (
+        "query",
+        store,
+        "--model",
+        folder / "model",
+        "--queries",
+        tmp_path / "q.jsonl",
+        "--mixing",
+        "0.5",
+    )
     code, out, _ = call_main(monkeypatch, capsys, *arguments)
     assert code == 0
     assert out.count("proponents, λ = 0.500") == 2
@@ -107,7 +146,15 @@ def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
 
 
 def test_plan_writes_nothing(folder, monkeypatch, capsys, tmp_path):
-    arguments = ("plan", "--model", folder / "model", "--data", folder / "data.jsonl", "--out", tmp_path / "s")
+    arguments = (
+        "plan",
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "data.jsonl",
+        "--out",
+        tmp_path / "s",
+    )
     code, out, _ = call_main(monkeypatch, capsys, *arguments)
     assert code == 0
     assert "18 rows of 14 × 256 to write" in " ".join(out.split())
@@ -126,7 +173,9 @@ def test_plan_writes_nothing(folder, monkeypatch, capsys, tmp_path):
 )
 def test_one_clear_line(folder, monkeypatch, capsys, tmp_path, change, message):
     options = {"--model": folder / "model", "--data": folder / "data.jsonl", "--out": tmp_path / "s"} | change
-    code, _, err = call_main(monkeypatch, capsys, "build", *(word for pair in options.items() for word in pair))
+    code, _, err = call_main(
+        monkeypatch, capsys, "build", *(word for pair in options.items() for word in pair)
+    )
     assert code == 1
     assert err.startswith("trackstar: ")
     assert message in err
@@ -135,11 +184,24 @@ def test_one_clear_line(folder, monkeypatch, capsys, tmp_path, change, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is empty"), ('{"text": "a"}\n{', "line 2"), ('{"txt": "a"}', "examples[0] must have"), ("[1]", "must be a mapping")],
+    [
+        ("", "is empty"),
+        ('{"text": "a"}\n{', "line 2"),
+        ('{"txt": "a"}', "examples[0] must have"),
+        ("[1]", "must be a mapping"),
+    ],
 )
 def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message):
     (tmp_path / "d.jsonl").write_text(content)
-    arguments = ("build", "--model", folder / "model", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "s")
+    arguments = (
+        "build",
+        "--model",
+        folder / "model",
+        "--data",
+        tmp_path / "d.jsonl",
+        "--out",
+        tmp_path / "s",
+    )
     code, _, err = call_main(monkeypatch, capsys, *arguments)
     assert code == 1
     assert message in err
@@ -163,5 +225,7 @@ def test_bad_usage_exits_with_two(monkeypatch, capsys, arguments):
 
 
 def test_help_lists_the_commands():
-    out = subprocess.run([sys.executable, "-m", "trackstar", "--help"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "trackstar", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert all(command in out for command in ("build", "query", "info", "verify", "plan"))

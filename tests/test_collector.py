@@ -1,10 +1,9 @@
 import pytest
 import torch
+import trackstar
 from conftest import explicit_rows, make_examples, make_llama, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-import trackstar
 from trackstar import GradientCollector, SketchSpec
 from trackstar.losses import LOSSES
 from trackstar.second_moments import SecondMoments
@@ -237,8 +236,9 @@ def test_no_backward_pass(llama):
 def test_an_input_overwritten_in_place_is_refused():
     layer = nn.Linear(4, 4).requires_grad_(False)
     x = torch.randn(2, 4)
-    with pytest.raises(RuntimeError, match="the input of module '0' was overwritten in place"), GradientCollector(
-        nn.Sequential(layer), SketchSpec(sketch=2)
+    with (
+        pytest.raises(RuntimeError, match="the input of module '0' was overwritten in place"),
+        GradientCollector(nn.Sequential(layer), SketchSpec(sketch=2)),
     ):
         y = layer(x)
         x.zero_()
@@ -268,7 +268,10 @@ def test_batches_that_differ_between_modules_are_refused():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (SketchSpec(modules=["nothing.*"]), "pattern 'nothing.*' must match a Linear or Conv1D layer, matched none"),
+        (
+            SketchSpec(modules=["nothing.*"]),
+            "pattern 'nothing.*' must match a Linear or Conv1D layer, matched none",
+        ),
         (SketchSpec(modules=["*embed_tokens"]), "matched only 'model.embed_tokens', a Embedding"),
         (SketchSpec(blocks=64), "blocks must be at most 4 for this model's 14 modules, got 64"),
     ],
@@ -285,7 +288,9 @@ def test_a_model_without_linear_layers():
 
 def test_a_correction_of_another_model(llama):
     correction = SecondMoments.estimate(llama, make_examples((9, 9))).correction("exact")
-    with pytest.raises(ValueError, match=r"correction of 'model.layers.0.mlp.gate_proj' must have shape \(40, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"correction of 'model.layers.0.mlp.gate_proj' must have shape \(40, 32\)"
+    ):
         GradientCollector(make_llama(intermediate_size=40), correction=correction)
     with pytest.raises(ValueError, match=r"nothing for 'model.layers.2"):
         GradientCollector(make_llama(num_hidden_layers=3), correction=correction)
@@ -296,7 +301,9 @@ def test_lm_head_can_be_switched_on(llama):
     spec = SketchSpec(sketch=4, modules=["lm_head", "*.mlp.*"])
     examples = make_examples(LENGTHS)
     assert list(spec.block_of(untied))[-1] == "lm_head"
-    assert relative_error(collected(untied, examples, spec), explicit_rows(untied, examples, spec)) < TOLERANCE
+    assert (
+        relative_error(collected(untied, examples, spec), explicit_rows(untied, examples, spec)) < TOLERANCE
+    )
 
 
 def test_no_full_gradient_is_ever_kept():

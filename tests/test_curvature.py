@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from trackstar.curvature import choose_mixing, estimate_curvature
 
 
@@ -45,7 +44,9 @@ def test_a_block_without_any_gradient_is_named():
 def dense_mixing(query_rows, eigenvalues, component):
     """The rule from dense singular values of the block-diagonal matrices."""
     blocks = [query_rows[:, b].double() for b in range(query_rows.shape[1])]
-    evaluation = torch.cat([torch.linalg.svdvals(x.T @ x / len(x)) for x in blocks]).sort(descending=True).values
+    evaluation = (
+        torch.cat([torch.linalg.svdvals(x.T @ x / len(x)) for x in blocks]).sort(descending=True).values
+    )
     train = eigenvalues.flatten().sort(descending=True).values
     return (train[component] / (evaluation[component] + train[component])).item()
 
@@ -55,7 +56,9 @@ def test_mixing_makes_the_spectra_cross_at_the_papers_component(queries, blocks,
     eigenvalues = estimate_curvature([draw_rows(300, blocks, size)], blocks, size).eigenvalues
     rows = draw_rows(queries, blocks, size, seed=1)
     component = max(round(1000 / 65536 * blocks * size), 1) - 1
-    assert choose_mixing(rows, eigenvalues) == pytest.approx(dense_mixing(rows, eigenvalues, component), rel=1e-9)
+    assert choose_mixing(rows, eigenvalues) == pytest.approx(
+        dense_mixing(rows, eigenvalues, component), rel=1e-9
+    )
 
 
 def test_with_few_queries_the_last_nonzero_component_decides():

@@ -49,8 +49,20 @@ def test_without_whiteners_rows_stay():
     ("rows", "whiteners", "dtype", "error", "message"),
     [
         (torch.ones(2, 3), None, "float32", ValueError, r"rows must have shape \(N, L, d\), got \(2, 3\)"),
-        (torch.ones(2, 3, 4), torch.ones(3, 4, 5), "float32", ValueError, r"whiteners must have shape \(3, 4, 4\)"),
-        (torch.ones(2, 3, 4), torch.ones(3, 4, 4).double(), "float32", TypeError, "whiteners must have dtype float32"),
+        (
+            torch.ones(2, 3, 4),
+            torch.ones(3, 4, 5),
+            "float32",
+            ValueError,
+            r"whiteners must have shape \(3, 4, 4\)",
+        ),
+        (
+            torch.ones(2, 3, 4),
+            torch.ones(3, 4, 4).double(),
+            "float32",
+            TypeError,
+            "whiteners must have dtype float32",
+        ),
         (torch.ones(2, 3, 4), None, "int3", ValueError, "dtype must be one of float32, float16; got 'int3'"),
         (torch.full((1, 1, 1), 1e6), None, "float16", ValueError, r"rows\[0\] reaches 1e\+06 in block 0"),
         ([[1.0]], None, "float32", TypeError, "rows must be a torch.Tensor, got list"),

@@ -26,7 +26,11 @@ def imports(file):
 def test_kernels_are_stateless(file):
     forbidden = {"trackstar", "mmap_ninja", "os", "pathlib", "logging", "transformers", "benchmarks"}
     assert not imports(file) & forbidden
-    calls = {node.func.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
     assert not calls & {"open", "print"}
 
 
@@ -44,7 +48,11 @@ def test_the_engine_imports_nothing_above_it(file):
 
 def modules_after(statement):
     code = f"import sys; {statement}; print(' '.join(sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_importing_the_kernels_is_light():

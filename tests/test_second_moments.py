@@ -2,7 +2,6 @@ import pytest
 import torch
 from conftest import make_examples, make_llama
 from torch import nn
-
 from trackstar import SecondMoments
 from trackstar.correction import Correction, fit_rank
 from trackstar.modules import is_conv1d, select_modules
@@ -73,7 +72,9 @@ def test_adafactor_factors_of_torch(llama):
 def test_adafactor_factors_of_transformers(llama):
     from transformers.optimization import Adafactor
 
-    optimizer = trained(llama, Adafactor(llama.parameters(), lr=1e-2, relative_step=False, scale_parameter=False))
+    optimizer = trained(
+        llama, Adafactor(llama.parameters(), lr=1e-2, relative_step=False, scale_parameter=False)
+    )
     second = SecondMoments.from_optimizer(optimizer.state_dict(), llama)
     name = "model.layers.0.self_attn.k_proj"
     state = optimizer.state[parameter_of(llama, name)]
@@ -86,7 +87,7 @@ def test_estimate_is_the_mean_of_squared_gradients(model):
     examples = make_examples((5, 9, 1, 14))
     second = SecondMoments.estimate(model, examples)
     assert second.source == "estimate:3"
-    sums = {name: 0.0 for name in second.moments}
+    sums = dict.fromkeys(second.moments, 0.0)
     for example in (examples[0], examples[1], examples[3]):
         model.zero_grad()
         ids = torch.tensor([example["input_ids"]])
@@ -150,7 +151,9 @@ def test_a_correction_survives_the_disk(llama, kind, tmp_path):
 
 def test_a_state_of_another_model_is_named(llama):
     optimizer = trained(llama, torch.optim.AdamW(llama.parameters()))
-    with pytest.raises(ValueError, match=r"exp_avg_sq of 'model.layers.0.mlp.gate_proj.weight' has shape \(44, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"exp_avg_sq of 'model.layers.0.mlp.gate_proj.weight' has shape \(44, 32\)"
+    ):
         SecondMoments.from_optimizer(optimizer.state_dict(), make_llama(intermediate_size=40))
     with pytest.raises(ValueError, match="it has 20 parameters, the model 21"):
         SecondMoments.from_optimizer(optimizer.state_dict(), make_llama(tie_word_embeddings=False))
@@ -173,7 +176,7 @@ def test_bad_corrections(llama):
     with pytest.raises(ValueError, match=r"rank must be an int from 1 to 16 \(the smallest module\), got 17"):
         second.correction("rank", rank=17)
     second.moments["model.layers.0.mlp.up_proj"].zero_()
-    with pytest.raises(ValueError, match="'model.layers.0.mlp.up_proj' must not be zero throughout"):
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.up_proj' must not be zero throughout"):
         second.correction("exact")
     with pytest.raises(ValueError, match="at least one with a token to predict"):
         SecondMoments.estimate(llama, [{"input_ids": [3]}])

@@ -11,7 +11,12 @@ from trackstar_kernels.sketch import BACKENDS, KINDS
 from trackstar_kernels.sketch._reference import philox
 
 GOLDEN_SIGNS = [[-1, -1, -1, -1, 1, 1, -1, -1, 1], [-1, -1, -1, -1, 1, -1, 1, 1, -1]]
-GOLDEN_NORMAL = ["0x1.35ba000000000p+0", "-0x1.6af7a00000000p-1", "0x1.33ec000000000p-5", "-0x1.2589800000000p-3"]
+GOLDEN_NORMAL = [
+    "0x1.35ba000000000p+0",
+    "-0x1.6af7a00000000p-1",
+    "0x1.33ec000000000p-5",
+    "-0x1.2589800000000p-3",
+]
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -73,7 +78,9 @@ def test_expectation_of_the_gram_matrix_is_the_identity(kind, shape):
     draws = 3000
     total = torch.zeros(cols, cols, dtype=torch.float64)
     for stream in range(draws):
-        p = projection_matrix(rows, cols, seed=11, stream=stream, kind=kind, dtype=torch.float64, backend="reference")
+        p = projection_matrix(
+            rows, cols, seed=11, stream=stream, kind=kind, dtype=torch.float64, backend="reference"
+        )
         total += p.T @ p
     error = total / draws - torch.eye(cols, dtype=torch.float64)
     # An entry's standard deviation is at most √(2/rows) per draw; six of them over cols² entries.

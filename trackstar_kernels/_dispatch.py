@@ -45,5 +45,7 @@ def implementation(package: str, op: str, device: torch.device, backend: str | N
     if backend is None:
         backend = names[0]
     elif backend not in names:
-        raise ValueError(f"backend of {op} on {device.type} must be one of {', '.join(names)}, got {backend!r}")
+        raise ValueError(
+            f"backend of {op} on {device.type} must be one of {', '.join(names)}, got {backend!r}"
+        )
     return getattr(importlib.import_module(f"{package}._{backend}"), op)

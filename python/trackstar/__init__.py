@@ -43,7 +43,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'trackstar' has no attribute {name!r}")
     return getattr(importlib.import_module(f"trackstar.{_HOMES[name]}"), name)

@@ -86,7 +86,7 @@ def query_rows(
     model: nn.Module,
     queries: Sequence[EncodedQuery],
     *,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     output: str = "loss",
 ) -> torch.Tensor:
     """Rows (Q, L, d) float32 of the queries, projected and corrected as the store's are, not whitened.
@@ -174,7 +174,7 @@ def attribute(
     model: nn.Module,
     queries: Iterable[Mapping[str, Any]],
     *,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     k: int = 10,
     mixing: str | float = "auto",
     largest: bool = True,

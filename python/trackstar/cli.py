@@ -34,10 +34,13 @@ ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a transfor
 DataOption = Annotated[Path, typer.Option("--data", help='JSONL of {"text": …} or {"input_ids": …}.')]
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 OptimizerOption = Annotated[
-    Path | None, typer.Option(help="Saved optimizer state (optimizer.pt or a folder with one) for the correction.")
+    Path | None,
+    typer.Option(help="Saved optimizer state (optimizer.pt or a folder with one) for the correction."),
 ]
 CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
-SketchOption = Annotated[int, typer.Option(help="p = q: a module's gradient becomes sketch × sketch numbers.")]
+SketchOption = Annotated[
+    int, typer.Option(help="p = q: a module's gradient becomes sketch × sketch numbers.")
+]
 BlocksOption = Annotated[str, typer.Option(help='"module", or a number of layer blocks.')]
 
 
@@ -66,7 +69,14 @@ def build(
     network, tokenizer = _load_model(model)
     chosen = _correction(network, tokenizer, examples, optimizer, correction, rank, estimate)
     store = build_store(
-        out, network, examples, tokenizer=tokenizer, spec=spec, correction=chosen, dtype=dtype.value, sample=sample
+        out,
+        network,
+        examples,
+        tokenizer=tokenizer,
+        spec=spec,
+        correction=chosen,
+        dtype=dtype.value,
+        sample=sample,
     )
     typer.echo(f"{store}")
 
@@ -76,12 +86,18 @@ def query(
     store: StoreArgument,
     model: ModelOption,
     prompt: Annotated[str | None, typer.Option(help="What the model was given.")] = None,
-    target: Annotated[str | None, typer.Option(help="What it said; give the space before it, if any.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What it said; give the space before it, if any.")
+    ] = None,
     queries: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": …, "target": …}.')] = None,
     k: Annotated[int, typer.Option("-k", help="Passages per query.")] = 10,
-    mixing: Annotated[str, typer.Option(help='λ from 0 to below 1, or "auto" for the paper\'s rule.')] = "auto",
+    mixing: Annotated[
+        str, typer.Option(help='λ from 0 to below 1, or "auto" for the paper\'s rule.')
+    ] = "auto",
     opponents: Annotated[bool, typer.Option("--opponents", help="Also the lowest scores.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the results as JSONL for the paper's viewer.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results as JSONL for the paper's viewer.")
+    ] = None,
 ) -> None:
     """Show which passages most influenced the model's giving a target after a prompt."""
     if (queries is None) == (prompt is None) or (prompt is None) != (target is None):
@@ -166,21 +182,21 @@ def plan(
     typer.echo(f"{needs}")
 
 
-def _spec(seed: int, sketch: int, blocks: str) -> Any:  # noqa: ANN401
+def _spec(seed: int, sketch: int, blocks: str) -> Any:
     from trackstar.spec import SketchSpec
 
     return SketchSpec(seed=seed, sketch=sketch, blocks=int(blocks) if blocks.isdigit() else blocks)
 
 
 def _correction(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: Any,
+    tokenizer: Any,
     examples: list[dict[str, Any]],
     optimizer: Path | None,
     kind: CorrectionKind,
     rank: int,
     estimate: int,
-) -> Any:  # noqa: ANN401
+) -> Any:
     from trackstar.progress import console
     from trackstar.second_moments import SecondMoments
 
@@ -213,13 +229,17 @@ def _read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
 def _load_model(folder: Path) -> tuple[Any, Any]:
     """The model, float32, and the tokenizer in ``folder``; nothing is downloaded."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"--model must be a folder with a transformers model (config.json), got {folder}")
+        raise FileNotFoundError(
+            f"--model must be a folder with a transformers model (config.json), got {folder}"
+        )
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
     return model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -235,7 +255,9 @@ def main() -> None:
     except Exception as error:
         from trackstar.manifest import StoreError
 
-        if not isinstance(error, OSError | ValueError | TypeError | RuntimeError | FloatingPointError | StoreError):
+        if not isinstance(
+            error, OSError | ValueError | TypeError | RuntimeError | FloatingPointError | StoreError
+        ):
             raise
         message = " ".join(str(error).split())
         sys.stderr.write(f"trackstar: {message}\n")

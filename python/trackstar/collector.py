@@ -100,7 +100,11 @@ class GradientCollector:
     def _require_all_captured(self) -> None:
         missing = [name for name in self._sketches if name not in self._captured]
         if missing:
-            why = "took part in the forward pass but received no gradient" if missing[0] in self._ran else "did not run"
+            why = (
+                "took part in the forward pass but received no gradient"
+                if missing[0] in self._ran
+                else "did not run"
+            )
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise RuntimeError(
                 f"module {missing[0]!r}{more} {why}; leave it out through SketchSpec(modules=…)"
@@ -116,6 +120,12 @@ class GradientCollector:
                 f"module {name!r} must see the same batch as the others, {len(rows)} examples; it saw {batch}"
             )
         self._captured.add(name)
-        left, right, scale = (t if t is None else t.to(rows.device) for t in self._sketches[name])
-        projected = project_gradients(activations.float(), output_grads.float(), left, right, scale=scale)
+        left, right, scale = self._sketches[name]
+        projected = project_gradients(
+            activations.float(),
+            output_grads.float(),
+            left.to(rows.device),
+            right.to(rows.device),
+            scale=None if scale is None else scale.to(rows.device),
+        )
         rows[:, self._block_of[name]] += projected.flatten(1)

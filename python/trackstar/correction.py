@@ -27,7 +27,7 @@ class Correction:
 
     @property
     def rank(self) -> int | None:
-        """r of the rank form, None for the exact one."""
+        """R of the rank form, None for the exact one."""
         return next(iter(self.factors.values()))[0].shape[0] if self.kind == "rank" else None
 
     def fold(
@@ -83,7 +83,9 @@ class Correction:
     @staticmethod
     def _check_shape(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if got != wanted:
-            raise ValueError(f"correction of {name!r} must have shape {wanted}, got {got}: is it of another model?")
+            raise ValueError(
+                f"correction of {name!r} must have shape {wanted}, got {got}: is it of another model?"
+            )
 
 
 def fit_rank(v: torch.Tensor, scale: torch.Tensor, rank: int, iterations: int = 60) -> Factors:

@@ -43,7 +43,9 @@ def accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:
         total[b] += block.T @ block
 
 
-def estimate_curvature(chunks: Iterable[torch.Tensor], blocks: int, size: int, damping: float = DAMPING) -> Curvature:
+def estimate_curvature(
+    chunks: Iterable[torch.Tensor], blocks: int, size: int, damping: float = DAMPING
+) -> Curvature:
     """R_train from chunks of rows (n, L, d).
 
     Raises:

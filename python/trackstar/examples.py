@@ -45,7 +45,9 @@ class EncodedQuery(Encoded):
 
 
 def encode_examples(
-    examples: Iterable[Mapping[str, Any]], tokenizer: Any, max_tokens: int | None = None  # noqa: ANN401
+    examples: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    max_tokens: int | None = None,
 ) -> list[Encoded]:
     """Training examples: {"text": …} or {"input_ids": …, "labels": … (optional)}, each with an optional "id".
 
@@ -60,7 +62,9 @@ def encode_examples(
         raise ValueError("examples must hold at least one example, got none")
     for i, example in enumerate(given):
         if not isinstance(example, Mapping):
-            raise TypeError(f'examples[{i}] must be a mapping with "text" or "input_ids", got {type(example).__name__}')
+            raise TypeError(
+                f'examples[{i}] must be a mapping with "text" or "input_ids", got {type(example).__name__}'
+            )
         if "input_ids" not in example and not isinstance(example.get("text"), str):
             raise ValueError(
                 f'examples[{i}] must have "text" (a string) or "input_ids", got the fields {sorted(example)}'
@@ -80,7 +84,7 @@ def encode_examples(
     return encoded
 
 
-def encode_queries(queries: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[EncodedQuery]:  # noqa: ANN401
+def encode_queries(queries: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[EncodedQuery]:
     """Queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
 
     The target is tokenized on its own and follows the prompt's tokens.
@@ -133,7 +137,7 @@ def check_vocabulary(encoded: Sequence[Encoded], vocabulary: int, name: str) -> 
         ValueError: an id is out of range, as with another model's tokenizer.
     """
     for i, example in enumerate(encoded):
-        if len(example) and not (0 <= example.tokens.min() and example.tokens.max() < vocabulary):
+        if len(example) and not (example.tokens.min() >= 0 and example.tokens.max() < vocabulary):
             raise ValueError(
                 f"{name}[{i}] must hold token ids from 0 to {vocabulary - 1} (the model's vocabulary), got "
                 f"{example.tokens.min()} to {example.tokens.max()}: is it another model's tokenizer?"
@@ -156,14 +160,14 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def _tokens(ids: Any) -> np.ndarray:  # noqa: ANN401
+def _tokens(ids: Any) -> np.ndarray:
     tokens = np.asarray(ids, dtype=np.int32)
     if tokens.ndim != 1:
         raise ValueError(f"input_ids must be one sequence of token ids, got shape {tokens.shape}")
     return tokens
 
 
-def _labels(labels: Any, tokens: np.ndarray, name: str) -> np.ndarray:  # noqa: ANN401
+def _labels(labels: Any, tokens: np.ndarray, name: str) -> np.ndarray:
     if labels is None:
         return tokens
     array = np.asarray(labels, dtype=np.int32)

@@ -31,7 +31,7 @@ def of_examples(examples: Sequence[Encoded]) -> dict[str, object]:
     return {"examples": len(examples), "fingerprint": digest.hexdigest()}
 
 
-def of_tokenizer(tokenizer: Any) -> str | None:  # noqa: ANN401
+def of_tokenizer(tokenizer: Any) -> str | None:
     """Hash of the vocabulary, None where there is no tokenizer or it keeps no vocabulary."""
     if not hasattr(tokenizer, "get_vocab"):
         return None
@@ -43,7 +43,9 @@ def of_correction(correction: Correction | None) -> dict[str, object] | None:
     if correction is None:
         return None
     tensors = list(correction.scales.items())
-    tensors += [(f"{name}/{i}", half) for name, pair in correction.factors.items() for i, half in enumerate(pair)]
+    tensors += [
+        (f"{name}/{i}", half) for name, pair in correction.factors.items() for i, half in enumerate(pair)
+    ]
     return {
         "kind": correction.kind,
         "rank": correction.rank,
@@ -58,5 +60,5 @@ def _of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -12,7 +12,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
     Told by its name, so that plain torch models never import transformers.
     """
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return any(
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__
+    )
 
 
 def is_supported(module: nn.Module) -> bool:
@@ -39,7 +41,7 @@ def select_modules(model: nn.Module, patterns: Sequence[str] | None = None) -> d
     """
     linear = {name: m for name, m in model.named_modules() if is_supported(m)}
     if patterns is None:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = {name: m for name, m in linear.items() if m is not head}
         if not chosen:
             raise ValueError(f"model must have linear layers to attribute; {type(model).__name__} has none")
@@ -52,7 +54,9 @@ def select_modules(model: nn.Module, patterns: Sequence[str] | None = None) -> d
             found = (
                 f"only {others[0]!r}, a {type(model.get_submodule(others[0])).__name__}" if others else "none"
             )
-            raise ValueError(f"modules: pattern {pattern!r} must match a Linear or Conv1D layer, matched {found}")
+            raise ValueError(
+                f"modules: pattern {pattern!r} must match a Linear or Conv1D layer, matched {found}"
+            )
         matched.update(names)
     return {name: m for name, m in linear.items() if name in matched}
 
@@ -82,7 +86,9 @@ def group_modules(names: Sequence[str], blocks: str | int) -> dict[str, int]:
     n = int(blocks)
     layers = sorted({layer for name in names if (layer := layer_index(name)) is not None})
     attention = sum(is_attention(name) for name in names)
-    halves = n % 2 == 0 and 0 < attention < len(names) and all(layer_index(name) is not None for name in names)
+    halves = (
+        n % 2 == 0 and 0 < attention < len(names) and all(layer_index(name) is not None for name in names)
+    )
     if halves:
         rank = {layer: i for i, layer in enumerate(layers)}
         groups = n // 2

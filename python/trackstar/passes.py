@@ -72,7 +72,7 @@ def check_model(model: nn.Module) -> None:
 
 def vocabulary_size(model: nn.Module) -> int:
     """Token ids that the model's input embedding knows."""
-    return model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr, return-value]
+    return model.get_input_embeddings().num_embeddings  # type: ignore[operator]
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -108,7 +108,9 @@ def rows_of(
             finite = found.flatten(1).isfinite().all(dim=1)
             if not finite.all():
                 bad = examples[positions[int(finite.logical_not().nonzero()[0])]]
-                raise FloatingPointError(f"the gradient of example {bad.id!r} holds NaN or Inf: {bad.text[:60]!r}")
+                raise FloatingPointError(
+                    f"the gradient of example {bad.id!r} holds NaN or Inf: {bad.text[:60]!r}"
+                )
             rows[positions] = found
             on_batch(len(batch))
     if len(counted) < len(examples):
@@ -120,7 +122,7 @@ def collect_rows(
     model: nn.Module,
     examples: Iterable[Mapping[str, Any]],
     *,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     spec: SketchSpec | None = None,
     correction: Correction | None = None,
     loss: Loss = nll,

@@ -30,7 +30,8 @@ class Plan:
         store_bytes: disk that the finished store takes.
         staging_bytes: disk that is needed on top of it until the build ends.
         written_bytes: disk that an earlier run has already filled.
-        memory_bytes: peak memory of the process, roughly: the model, one batch's activations, one shard of rows, R_train.
+        memory_bytes: peak memory of the process, roughly: the model, one batch's activations, one shard of
+            rows, R_train.
         seconds: rough duration, from one timed batch.
     """
 

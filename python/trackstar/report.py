@@ -12,8 +12,8 @@ PASSAGE = 300
 """Characters of a passage that are shown."""
 
 COMMON = frozenset(
-    "a an and are as at be by can for from had has have he her his i in is it its of on or s she so that the their they "
-    "this to was were which who will with you".split()
+    "a an and are as at be by can for from had has have he her his i in is it its of on or s she so that the "
+    "their they this to was were which who will with you".split()
 )
 
 
@@ -26,7 +26,10 @@ def print_result(result: Result, console: Console | None = None) -> None:
     for i, query in enumerate(result.queries):
         kind = "proponents" if result.largest else "opponents"
         heading = Text.assemble(
-            ("\n" + query.prompt, "bold"), " → ", (query.target.strip(), "bold green"), f"   ({kind}, λ = {result.mixing:.3f})"
+            ("\n" + query.prompt, "bold"),
+            " → ",
+            (query.target.strip(), "bold green"),
+            f"   ({kind}, λ = {result.mixing:.3f})",
         )
         console.print(heading)
         table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")

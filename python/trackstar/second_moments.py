@@ -13,7 +13,15 @@ from trackstar.correction import Correction, fit_rank
 from trackstar.examples import check_vocabulary, encode_examples, length_batches
 from trackstar.losses import Loss, nll
 from trackstar.modules import is_conv1d, select_modules
-from trackstar.passes import BATCH_TOKENS, check_model, evaluating, has_loss, position_limit, run_batch, vocabulary_size
+from trackstar.passes import (
+    BATCH_TOKENS,
+    check_model,
+    evaluating,
+    has_loss,
+    position_limit,
+    run_batch,
+    vocabulary_size,
+)
 from trackstar.progress import track
 from trackstar.tap import GradientTap
 
@@ -72,7 +80,9 @@ class SecondMoments:
         for name, module in select_modules(model, modules).items():
             parameter = named[id(module.weight)]
             if parameter not in places:
-                raise ValueError(f"state must cover every captured module; it has no parameter for {parameter!r}")
+                raise ValueError(
+                    f"state must cover every captured module; it has no parameter for {parameter!r}"
+                )
             index, group = places[parameter]
             kind, moment = _read_moment(parameter, state["state"].get(index, {}), group)
             if is_conv1d(module):
@@ -86,7 +96,7 @@ class SecondMoments:
         model: nn.Module,
         examples: Iterable[Mapping[str, Any]],
         *,
-        tokenizer: Any = None,  # noqa: ANN401
+        tokenizer: Any = None,
         modules: Sequence[str] | None = None,
         loss: Loss = nll,
     ) -> "SecondMoments":
@@ -117,7 +127,11 @@ class SecondMoments:
                 total.addcmul_(gradient, gradient)
 
         batches = length_batches([len(example) for example in counted], BATCH_TOKENS)
-        with track("second moments", len(counted)) as advance, evaluating(model), GradientTap(chosen, add_squares):
+        with (
+            track("second moments", len(counted)) as advance,
+            evaluating(model),
+            GradientTap(chosen, add_squares),
+        ):
             for batch in batches:
                 run_batch(model, [counted[i] for i in batch], loss)
                 advance(len(batch))
@@ -144,7 +158,9 @@ class SecondMoments:
         for name, moment in self.moments.items():
             eps = self.eps[name]
             if not all((part > 0).any() for part in (moment if isinstance(moment, tuple) else (moment,))):
-                raise ValueError(f"second moments of {name!r} must not be zero throughout: the module never learned")
+                raise ValueError(
+                    f"second moments of {name!r} must not be zero throughout: the module never learned"
+                )
             if kind == "rank" and isinstance(moment, tuple):
                 row, col = moment
                 # Below ε² a factor would blow up rows that never received a gradient.
@@ -164,10 +180,12 @@ def _shape(moment: Moment) -> tuple[int, ...]:
     return (len(moment[0]), len(moment[1])) if isinstance(moment, tuple) else tuple(moment.shape)
 
 
-def _load_state(path: Path) -> Any:  # noqa: ANN401
+def _load_state(path: Path) -> Any:
     file = path / "optimizer.pt" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"optimizer state must be a file or a folder with optimizer.pt, found none at {file}")
+        raise FileNotFoundError(
+            f"optimizer state must be a file or a folder with optimizer.pt, found none at {file}"
+        )
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -189,7 +207,9 @@ def _parameter_places(
     trained = [item for item in parameters if item[1].requires_grad]
     complaint = ""
     for order in (matrices_first, parameters) if len(groups) == 2 else (parameters, trained):
-        misfit = next((m for item, key in zip(order, keys, strict=False) if (m := _misfit(*item, *key, state))), "")
+        misfit = next(
+            (m for item, key in zip(order, keys, strict=False) if (m := _misfit(*item, *key, state))), ""
+        )
         if len(order) == len(keys) and not misfit:
             return {name: key for (name, _), key in zip(order, keys, strict=True)}
         complaint = complaint or misfit or f"it has {len(keys)} parameters, the model {len(order)}"
@@ -204,7 +224,9 @@ def _misfit(
     for field in ("exp_avg_sq", "exp_avg"):
         moment = entry.get(field)
         if isinstance(moment, torch.Tensor) and moment.shape != parameter.shape:
-            return f"{field} of {name!r} has shape {tuple(moment.shape)}, the parameter {tuple(parameter.shape)}"
+            return (
+                f"{field} of {name!r} has shape {tuple(moment.shape)}, the parameter {tuple(parameter.shape)}"
+            )
     factors = _factors(entry)
     if factors is not None and tuple(map(len, factors)) != tuple(parameter.shape):
         return f"the factors of {name!r} have shapes {tuple(map(len, factors))}, the parameter {tuple(parameter.shape)}"

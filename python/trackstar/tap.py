@@ -15,11 +15,11 @@ class _StartGraph(torch.autograd.Function):
     """Identity that makes its output differentiable although nothing before it is."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    def forward(ctx: Any, anchor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return value.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -57,14 +57,21 @@ class GradientTap:
         self._hooks.clear()
 
     def _after_forward(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
     ) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
             return None
         self._on_forward(name)
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if x.dim() < 2:
-            raise ValueError(f"module {name!r} must be called on a batch (B, …, features), got {tuple(x.shape)}")
+            raise ValueError(
+                f"module {name!r} must be called on a batch (B, …, features), got {tuple(x.shape)}"
+            )
         started = None
         if not output.requires_grad:
             anchor = torch.zeros((), device=output.device, requires_grad=True)
@@ -74,7 +81,9 @@ class GradientTap:
 
     def _after_backward(self, name: str, x: torch.Tensor, version: int, grad: torch.Tensor) -> None:
         if x._version != version:
-            raise RuntimeError(f"the input of module {name!r} was overwritten in place before the backward pass")
+            raise RuntimeError(
+                f"the input of module {name!r} was overwritten in place before the backward pass"
+            )
         batch = x.shape[0]
         with torch.no_grad():
             self._on_gradient(

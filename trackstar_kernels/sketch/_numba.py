@@ -10,7 +10,7 @@ from trackstar_kernels.sketch._quantiles import gaussian_quantiles
 
 
 @numba.njit(nogil=True)
-def _fill(out, table, bits, seed, stream):  # noqa: ANN001, ANN202 (numba infers the types)
+def _fill(out: np.ndarray, table: np.ndarray, bits: int, seed: np.uint64, stream: np.uint64) -> None:
     """Fill out (rows, cols) with table[field], field = the bits that Philox gives entry (row, col)."""
     mask32 = np.uint64(0xFFFFFFFF)
     shift32 = np.uint64(32)
