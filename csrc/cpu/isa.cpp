@@ -1,6 +1,7 @@
 #include "cpu/isa.h"
 
 #include <atomic>
+#include <initializer_list>
 
 namespace trackstar {
 
