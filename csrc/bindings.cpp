@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "scoring.h"
 
 namespace py = pybind11;
 using namespace trackstar;
@@ -42,6 +43,15 @@ void set_isa_by_name(const std::string& wanted) {
   throw std::invalid_argument("isa must be one of available_isas(), got '" + wanted + "'");
 }
 
+void score_topk_at(uintptr_t queries, uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride,
+                   uintptr_t scales, size_t Q, size_t N, size_t L, size_t d, size_t k, bool largest,
+                   int threads, uintptr_t scores, uintptr_t positions) {
+  score_topk(reinterpret_cast<const float*>(queries), reinterpret_cast<const void*>(rows),
+             row_type == "float16" ? RowType::float16 : RowType::float32, row_stride,
+             reinterpret_cast<const float*>(scales), Q, N, L, d, k, largest, threads,
+             reinterpret_cast<float*>(scores), reinterpret_cast<int64_t*>(positions));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -50,4 +60,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas, "Instruction set levels that this machine can run, lowest first.");
   m.def("isa", &isa_name, "The level in force.");
   m.def("set_isa", &set_isa_by_name, py::arg("name"), "Put a level in force, for tests and benchmarks.");
+
+  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("row_type"),
+        py::arg("row_stride"), py::arg("scales"), py::arg("Q"), py::arg("N"), py::arg("L"), py::arg("d"),
+        py::arg("k"), py::arg("largest"), py::arg("threads"), py::arg("scores"), py::arg("positions"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
 }

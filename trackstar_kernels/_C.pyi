@@ -1,3 +1,19 @@
 def available_isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
+def score_topk(
+    queries: int,
+    rows: int,
+    row_type: str,
+    row_stride: int,
+    scales: int,
+    Q: int,
+    N: int,
+    L: int,
+    d: int,
+    k: int,
+    largest: bool,
+    threads: int,
+    scores: int,
+    positions: int,
+) -> None: ...
