@@ -13,6 +13,7 @@
 
 #include "cpu/isa.h"
 #include "gradient.h"
+#include "scoring.h"
 
 namespace py = pybind11;
 using namespace trackstar;
@@ -59,6 +60,14 @@ void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int
                     at<float>(out), threads);
 }
 
+void score_topk_at(std::uintptr_t queries, std::uintptr_t rows, const std::string& row_type,
+                   ptrdiff_t row_stride, std::uintptr_t scales, size_t Q, size_t N, size_t L, size_t d,
+                   size_t k, bool largest, int threads, std::uintptr_t scores, std::uintptr_t positions) {
+  score_topk(at<const float>(queries), at<const void>(rows),
+             row_type == "float16" ? RowType::float16 : RowType::float32, row_stride, at<const float>(scales),
+             Q, N, L, d, k, largest, threads, at<float>(scores), at<std::int64_t>(positions));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -73,4 +82,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("output_grads"), py::arg("offsets"), py::arg("left"), py::arg("right"), py::arg("scale"),
         py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "csrc/gradient.h; arrays as addresses.");
+  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("row_type"),
+        py::arg("row_stride"), py::arg("scales"), py::arg("Q"), py::arg("N"), py::arg("L"), py::arg("d"),
+        py::arg("k"), py::arg("largest"), py::arg("threads"), py::arg("scores"), py::arg("positions"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
 }

@@ -17,3 +17,19 @@ def project_gradients(
     out: int,
     threads: int,
 ) -> None: ...
+def score_topk(
+    queries: int,
+    rows: int,
+    row_type: str,
+    row_stride: int,
+    scales: int,
+    Q: int,
+    N: int,
+    L: int,
+    d: int,
+    k: int,
+    largest: bool,
+    threads: int,
+    scores: int,
+    positions: int,
+) -> None: ...

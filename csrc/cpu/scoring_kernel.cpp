@@ -1,1 +1,171 @@
+#include "cpu/scoring_kernel.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace trackstar {
+namespace TRACKSTAR_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kPanelRows = 12;  // two vectors of sums each: 24 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kPanelRows = 6;  // 12 of 16 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kPanelRows = 6;
+#endif
+
+using Vec = float __attribute__((vector_size(4 * kLanes)));
+using LooseVec = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // at any address
+
+inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+
+#if defined(__AVX512F__)
+inline Vec load(const Half* p) {
+  __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_maskz_cvtph_ps(0xFFFF, bits);  // the plain form draws a false warning from gcc 12
+}
+#elif defined(__F16C__)
+inline Vec load(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#else
+using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
+using HalfBits = uint16_t __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+inline Vec load(const Half* p) {
+  Bits half = __builtin_convertvector(*reinterpret_cast<const HalfBits*>(p), Bits);
+  // Exponent and mantissa moved into place make a float 2^112 too small, subnormals included. The exponent
+  // of infinities and NaNs, all ones, is put back by hand.
+  Vec magnitude = (Vec)((half & 0x7FFF) << 13) * 0x1p112f;
+  Bits special = (Bits)((half & 0x7C00) == 0x7C00) & 0x7F800000;
+  return (Vec)((Bits)magnitude | special | (half & 0x8000) << 16);
+}
+#endif
+
+// ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
+
+constexpr int dot_rows(int queries) { return 8 / queries; }  // up to 8 sums in flight hide the latency of one
+
+template <int kQueries, typename T>
+inline void add_products(const T* const* row, const float* query, size_t query_stride, size_t k,
+                         Vec sum[][kQueries]) {
+  constexpr int kRows = dot_rows(kQueries);
+  Vec values[kQueries];
+#pragma GCC unroll 4
+  for (int q = 0; q < kQueries; ++q) values[q] = load(query + q * query_stride + k);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    Vec value = load(row[r] + k);
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) sum[r][q] += value * values[q];
+  }
+}
+
+template <int kQueries, typename T>
+__attribute__((noinline)) void dot(const void* const* rows, const float* queries, size_t query_stride,
+                                   size_t depth, const float* scale, float* scores) {
+  constexpr int kRows = dot_rows(kQueries);
+  const T* row[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row[r] = static_cast<const T*>(rows[r]);
+  Vec sum[kRows][kQueries] = {};
+  size_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) add_products<kQueries>(row, queries, query_stride, k, sum);
+  if (k < depth) {
+    // The last numbers, padded with zeros to a vector.
+    T row_tail[kRows][kLanes] = {};
+    float query_tail[kQueries][kLanes] = {};
+    for (size_t j = 0; k + j < depth; ++j) {
+      for (int r = 0; r < kRows; ++r) row_tail[r][j] = row[r][k + j];
+      for (int q = 0; q < kQueries; ++q) query_tail[q][j] = queries[q * query_stride + k + j];
+    }
+    for (int r = 0; r < kRows; ++r) row[r] = row_tail[r];
+    add_products<kQueries>(row, query_tail[0], kLanes, 0, sum);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      float total = 0;
+      for (int lane = 0; lane < kLanes; ++lane) total += sum[r][q][lane];
+      scores[r * kQueries + q] += scale[r] * total;
+    }
+  }
+}
+
+// ---- Many queries: vectors along the queries, so that rows need no transposition --------------------------
+
+template <int kVecs>
+__attribute__((noinline)) void panel(const float* const* rows, const char* const* ahead, const float* panel,
+                                     size_t depth, const float* scale, float* scores) {
+  constexpr int kWidth = kVecs * kLanes;
+  constexpr size_t kLine = 16;  // floats of a cache line
+  const float* row[kPanelRows];
+#pragma GCC unroll 12
+  for (int r = 0; r < kPanelRows; ++r) row[r] = rows[r];
+  Vec sum[kPanelRows][kVecs] = {};
+  for (size_t line = 0; line < depth; line += kLine) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kPanelRows; ++r) __builtin_prefetch(ahead[r] + 4 * line);
+    size_t end = line + kLine < depth ? line + kLine : depth;
+    for (size_t k = line; k < end; ++k) {
+      Vec query[kVecs];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) query[v] = load(panel + k * kWidth + v * kLanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < kPanelRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) sum[r][v] += row[r][k] * query[v];
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kPanelRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) {
+      float* score = scores + r * kWidth + v * kLanes;
+      store(score, load(score) + scale[r] * sum[r][v]);
+    }
+  }
+}
+
+void widen(const Half* in, size_t n, float* out) {
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
+  if (i < n) {
+    Half tail[kLanes] = {};
+    for (size_t j = 0; i + j < n; ++j) tail[j] = in[i + j];
+    Vec wide = load(tail);
+    for (size_t j = 0; i + j < n; ++j) out[i + j] = wide[j];
+  }
+}
+
+template <int kQueries, typename T>
+constexpr DotKernel dot_kernel() {
+  return {dot_rows(kQueries), dot<kQueries, T>};
+}
+
+template <int kVecs>
+constexpr PanelKernel panel_kernel() {
+  return {kPanelRows, kVecs * kLanes, panel<kVecs>};
+}
+
+}  // namespace
+
+const ScoringKernels scoring_kernels = {
+    kLanes,
+    {dot_kernel<1, float>(), dot_kernel<2, float>(), dot_kernel<3, float>(), dot_kernel<4, float>()},
+    {dot_kernel<1, Half>(), dot_kernel<2, Half>(), dot_kernel<3, Half>(), dot_kernel<4, Half>()},
+    panel_kernel<1>(),
+    panel_kernel<2>(),
+    widen,
+};
+
+}  // namespace TRACKSTAR_ISA
+}  // namespace trackstar

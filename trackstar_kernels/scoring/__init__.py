@@ -1,1 +1,145 @@
+"""Exact top-k over stored rows: plain inner products, and TrackStar's task-mixed scores."""
 
+import torch
+
+from trackstar_kernels._checks import check_count, check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._dispatch import implementation, register
+from trackstar_kernels.scoring._merge import merge_topk
+
+__all__ = ["merge_topk", "mixed_topk", "score_topk"]
+
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+register("score_topk", BACKENDS)
+register("mixed_topk", BACKENDS)
+
+ROW_DTYPES = (torch.float32, torch.float16)
+
+
+def score_topk(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    *,
+    scales: torch.Tensor | None = None,
+    largest: bool = True,
+    start: int = 0,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k rows with the largest inner product for each query, exactly.
+
+    score[q, n] = Σ_b scales[n, b] · ⟨queries[q, b], rows[n, b]⟩
+
+    Scores are accumulated in float32 and never stored as a Q × N matrix. On the CPU a score has the same bits
+    whatever the other queries and rows, their number and the number of threads, so results of shards
+    merge (:func:`merge_topk`) into exactly the result of the whole.
+
+    Args:
+        queries: (Q, D) or (Q, L, d) float32, finite.
+        rows: (N, D) or (N, L, d) float32 or float16. Rows that are not dense are copied.
+        k: results per query, 1 ≤ k ≤ N.
+        scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with rows of
+            shape (N, L, d).
+        largest: False returns the k smallest scores instead.
+        start: index of the first row, added to all indices.
+        backend: None, "cpu" or "reference".
+
+    Returns:
+        scores (Q, k) float32, best first, and indices (Q, k) int64. Equal scores are ordered by index. NaN
+        scores, from rows or scales that hold NaN, come after every number.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a shape, k, start or the backend is wrong, or queries are not finite.
+    """
+    N = _check_inputs(queries, rows, k, scales, start)
+    run = implementation(__name__, "score_topk", queries.device, backend)
+    if scales is None or scales.dim() == 1:
+        queries, rows = queries.reshape(len(queries), 1, -1), rows.reshape(N, 1, -1)
+        scales = None if scales is None else scales[:, None]
+    return run(queries, rows, k, scales, largest, start)
+
+
+def mixed_topk(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    mixing: float,
+    *,
+    scales: torch.Tensor | None = None,
+    largest: bool = True,
+    start: int = 0,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k rows with the largest TrackStar score for each query, under this task's own Hessian.
+
+    score[q, n] = Σ_b x_qᵀ R_b⁻¹ y_n / √(Σ_b x_qᵀ R_b⁻¹ x_q · Σ_b y_nᵀ R_b⁻¹ y_n)
+
+    with x the queries, y the rows and R_b = λ · mean over the queries of x xᵀ + (1 − λ) · I: in coordinates
+    whitened by the training rows' own second moment, the mixture of the task's and the training set's. The
+    score is a cosine, in [−1, 1]; a query or row of zeros scores 0. See this folder's README.md for how one
+    scan does it.
+
+    Args:
+        queries: (Q, L, d) float32, finite, whitened.
+        rows: (N, L, d) float32 or float16, whitened.
+        squared_norms: (N, L) float32, squared norm of each row's blocks, as kept by the store.
+        k: results per query, 1 ≤ k ≤ N.
+        mixing: λ, 0 ≤ λ < 1.
+        scales: multipliers of the rows, (N,) or (N, L) float32, as in :func:`score_topk`.
+        largest: False returns the k smallest scores instead.
+        start: index of the first row, added to all indices.
+        backend: None, "cpu" or "reference".
+
+    Returns:
+        scores (Q, k) float32, within 1e-5 of the exact ones, and indices (Q, k) int64, ordered as in
+        :func:`score_topk`.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a shape, k, mixing, start or the backend is wrong, or queries are not finite.
+
+    Source: TrackStar, arXiv 2410.17413, section 3 (task-specific Hessian).
+    """
+    check_shape("queries", check_tensor("queries", queries), ("Q", "L", "d"))
+    check_shape("rows", check_tensor("rows", rows), ("N", *queries.shape[1:]))
+    N = _check_inputs(queries, rows, k, scales, start)
+    check_shape("squared_norms", check_tensor("squared_norms", squared_norms), (N, rows.shape[1]))
+    check_dtype("squared_norms", squared_norms, torch.float32)
+    check_same_device(queries=queries, squared_norms=squared_norms)
+    if isinstance(mixing, bool) or not isinstance(mixing, (int, float)):
+        raise TypeError(f"mixing must be a float, got {type(mixing).__name__}")
+    if not 0 <= mixing < 1:
+        raise ValueError(f"mixing must be at least 0 and less than 1, got {mixing}")
+    run = implementation(__name__, "mixed_topk", queries.device, backend)
+    if scales is not None and scales.dim() == 1:
+        scales = scales[:, None]
+    return run(queries, rows, squared_norms, k, float(mixing), scales, largest, start)
+
+
+def _check_inputs(
+    queries: torch.Tensor, rows: torch.Tensor, k: int, scales: torch.Tensor | None, start: int
+) -> int:
+    """Check what the two ops share; returns N."""
+    check_shape("queries", check_tensor("queries", queries), ("Q", "D"), ("Q", "L", "d"))
+    check_dtype("queries", queries, torch.float32)
+    check_shape("rows", check_tensor("rows", rows), ("N", *queries.shape[1:]))
+    check_dtype("rows", rows, *ROW_DTYPES)
+    N = len(rows)
+    if min(*queries.shape, *rows.shape) == 0:
+        raise ValueError(
+            f"queries and rows must not be empty, got shapes {tuple(queries.shape)} and {tuple(rows.shape)}"
+        )
+    if scales is not None:
+        per_block = [(N, rows.shape[1])] if rows.dim() == 3 else []
+        check_shape("scales", check_tensor("scales", scales), (N,), *per_block)
+        check_dtype("scales", scales, torch.float32)
+    check_same_device(queries=queries, rows=rows, scales=scales)
+    check_count("start", start, 0)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= N:
+        raise ValueError(f"k must be from 1 to N (={N}), got {k}")
+    if not queries.isfinite().all():
+        raise ValueError("queries must be finite, got NaN or infinity")
+    return N

@@ -1,0 +1,426 @@
+"""score_topk and mixed_topk against their float64 definitions."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import trackstar_kernels as tk
+from trackstar_kernels import _C
+from trackstar_kernels.scoring import _reference, merge_topk
+
+NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
+BACKENDS = ["reference", *NATIVE]
+# Scores of torch.mm may change in their last bits with the shapes around them; the native kernels' may not.
+native_only = pytest.mark.parametrize("backend", NATIVE, indirect=True)
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Each backend of the CPU, the native one at each instruction set level; yields the backend's name."""
+    name, _, isa = request.param.partition(":")
+    before = _C.isa()
+    _C.set_isa(isa or before)
+    yield name
+    _C.set_isa(before)
+
+
+@contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact_scores(queries, rows, scales=None):
+    """(Q, N) in float64."""
+    L = rows.shape[1] if rows.dim() == 3 else 1
+    queries, rows = queries.reshape(len(queries), L, -1), rows.reshape(len(rows), L, -1)
+    scales = None if scales is None else scales.reshape(len(rows), -1)
+    return queries.double().flatten(1) @ _reference.dequantize(rows, scales, torch.float64).flatten(1).T
+
+
+def check_topk(result, exact, k, largest, tolerance, start=0):
+    """The scores are those of the indices and no better row was left out, within ``tolerance`` (Q, N)."""
+    scores, indices = result
+    positions = indices - start
+    assert scores.dtype == torch.float32 and indices.dtype == torch.int64
+    assert scores.shape == indices.shape == (len(exact), k)
+    assert all(len(set(row)) == k for row in positions.tolist())
+    assert ((scores - exact.gather(1, positions)).abs() <= tolerance.gather(1, positions)).all()
+    order = scores.diff(dim=1)
+    assert (order <= 0).all() if largest else (order >= 0).all()
+    sign = 1 if largest else -1
+    left_out = (sign * exact - tolerance).scatter(1, positions, -torch.inf)
+    assert (left_out.amax(1) <= sign * scores[:, -1]).all()
+
+
+def float32_tolerance(queries, rows, scales=None):
+    """Twice the error of torch in float32, and rounding of the size of the products."""
+    L = rows.shape[1] if rows.dim() == 3 else 1
+    q, r = queries.reshape(len(queries), L, -1), rows.reshape(len(rows), L, -1)
+    s = None if scales is None else scales.reshape(len(rows), -1)
+    single = q.flatten(1) @ _reference.dequantize(r, s, torch.float32).flatten(1).T
+    exact = exact_scores(queries, rows, scales)
+    magnitude = exact_scores(queries.abs(), rows.abs(), None if scales is None else scales.abs())
+    return 2 * (single - exact).abs().amax() + 1e-7 * magnitude
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("Q", [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 33])
+def test_score_topk_is_exact(backend, dtype, largest, Q):
+    queries, rows = randn(Q, 301), randn(157, 301, seed=1, dtype=dtype)
+    result = tk.score_topk(queries, rows, 7, largest=largest, start=1000, backend=backend)
+    check_topk(result, exact_scores(queries, rows), 7, largest, float32_tolerance(queries, rows), start=1000)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["rows", "blocks"])
+@pytest.mark.parametrize("Q", [3, 20])
+def test_scales_multiply_rows(backend, dtype, shape, Q):
+    N, L, d = 101, 3, 37
+    queries, rows = randn(Q, L, d), randn(N, L, d, seed=1, dtype=dtype)
+    scales = randn(*((N,) if shape == "rows" else (N, L)), seed=2)
+    result = tk.score_topk(queries, rows, 5, scales=scales, backend=backend)
+    exact = exact_scores(queries, rows, scales)
+    check_topk(result, exact, 5, True, float32_tolerance(queries, rows, scales))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    Q=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 19, 31, 40]),
+    N=st.integers(1, 120),
+    L=st.integers(1, 3),
+    d=st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31, 97, 255, 256, 257, 521, 2053]),
+    half=st.booleans(),
+    largest=st.booleans(),
+    scaled=st.booleans(),
+    part=st.floats(0, 1),
+    isa=st.sampled_from(_C.available_isas()),
+)
+def test_odd_shapes(Q, N, L, d, half, largest, scaled, part, isa):
+    k = max(1, round(part * N))
+    queries, rows = randn(Q, L, d), randn(N, L, d, seed=1, dtype=DTYPES[half])
+    scales = randn(N, L, seed=2) if scaled else None
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        result = tk.score_topk(queries, rows, k, scales=scales, largest=largest)
+    finally:
+        _C.set_isa(before)
+    exact = exact_scores(queries, rows, scales)
+    check_topk(result, exact, k, largest, float32_tolerance(queries, rows, scales))
+
+
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regime", ["few", "many"])
+def test_scores_do_not_depend_on_company(backend, dtype, regime):
+    """A score has the same bits at any place among any queries and rows, and with any number of threads."""
+    Q, N, D = (4, 203, 700) if regime == "few" else (45, 203, 700)
+    queries, rows = randn(Q, D), randn(N, D, seed=1, dtype=dtype)
+
+    def everything(queries, rows):
+        """(Q, N) scores."""
+        scores, indices = tk.score_topk(queries, rows, len(rows))
+        return torch.empty_like(scores).scatter(1, indices, scores)
+
+    whole = everything(queries, rows)
+    for n in (1, 2, 3):
+        with threads(n):
+            assert torch.equal(everything(queries, rows), whole)
+    assert torch.equal(everything(queries.flip(0), rows).flip(0), whole)
+    for first, last in [(0, 1), (1, 4), (0, 3)] if regime == "few" else [(0, 5), (3, 12), (20, 45), (7, 24)]:
+        assert torch.equal(everything(queries[first:last], rows), whole[first:last])
+    for first, last in [(0, 1), (1, 8), (5, 60), (100, 203)]:
+        assert torch.equal(everything(queries, rows[first:last]), whole[:, first:last])
+
+
+@native_only
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("Q", [2, 40])
+@pytest.mark.parametrize("pieces", [1, 3, 7])
+def test_merged_shards_equal_the_whole(backend, largest, Q, pieces):
+    queries, rows = randn(Q, 65), randn(400, 65, seed=1)
+    rows[200:] = rows[:200]  # every score is there twice
+    parts, start = [], 50
+    for piece in rows.tensor_split(pieces):
+        k = min(30, len(piece))
+        parts.append(tk.score_topk(queries, piece, k, largest=largest, start=start, backend=backend))
+        start += len(piece)
+    merged = merge_topk(parts, 30, largest)
+    whole = tk.score_topk(queries, rows, 30, largest=largest, start=50, backend=backend)
+    assert torch.equal(merged[0], whole[0]) and torch.equal(merged[1], whole[1])
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("Q", [1, 20])
+@pytest.mark.parametrize("threads_", [1, 3])
+def test_ties_go_to_the_smaller_index(backend, largest, Q, threads_):
+    values = torch.tensor([0.0, -1.0, 2.0])[torch.arange(1000) % 3]
+    rows = values[:, None].expand(1000, 16).contiguous()
+    rows[3] = -0.0
+    with threads(threads_):
+        scores, indices = tk.score_topk(torch.ones(Q, 16), rows, 700, largest=largest, backend=backend)
+    order = values.argsort(stable=True, descending=largest)[:700].expand(Q, -1)
+    assert torch.equal(indices, order)
+    assert torch.equal(scores, 16 * values[order])
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("Q", [1, 20])
+@pytest.mark.parametrize("numbers", [50, 700])
+def test_nan_rows_come_last(backend, largest, Q, numbers):
+    """NaN after every number, even infinity on the wrong side; NaNs among themselves by index."""
+    N, D = 900, 24
+    rows = torch.full((N, D), torch.nan)
+    good = torch.randperm(N, generator=torch.Generator().manual_seed(3))[:numbers]
+    rows[good] = randn(numbers, D, seed=1)
+    worst = good.min()
+    rows[worst] = -torch.inf if largest else torch.inf
+    queries = randn(Q, D).abs()
+    scores, indices = tk.score_topk(queries, rows, 300, largest=largest, backend=backend)
+    shown = min(numbers, 300)
+    assert not scores[:, :shown].isnan().any() and scores[:, shown:].isnan().all()
+    if numbers < 300:
+        assert (indices[:, numbers - 1] == worst).all()
+        mask = torch.ones(N, dtype=torch.bool)
+        mask[good] = False
+        assert torch.equal(indices[:, numbers:], mask.nonzero()[: 300 - numbers, 0].expand(Q, -1))
+
+
+@pytest.mark.parametrize("Q", [1, 6])
+def test_every_float16_value(backend, Q):
+    """Subnormals, zeros and infinities widen exactly; NaNs stay NaNs."""
+    rows = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)[:, None]
+    scores, indices = tk.score_topk(torch.ones(Q, 1), rows, 2**16, backend=backend)
+    found = torch.empty_like(scores).scatter(1, indices, scores)
+    assert torch.equal(found.nan_to_num(7e4), rows.T.float().nan_to_num(7e4).expand(Q, -1))
+
+
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("Q", [2, 20])
+def test_reads_rows_where_they_are(backend, dtype, Q):
+    """Rows inside wider rows, surrounded by NaN; and rows that are not dense."""
+    queries, rows = randn(Q, 45), randn(70, 45, seed=1, dtype=dtype)
+    wanted = tk.score_topk(queries, rows, 9, backend=backend)
+    wide = torch.full((72, 64), torch.nan, dtype=dtype)
+    wide[1:71, 3:48] = rows
+    for same in (wide[1:71, 3:48], rows.T.contiguous().T):
+        found = tk.score_topk(queries, same, 9, backend=backend)
+        assert torch.equal(found[1], wanted[1]) and torch.equal(found[0], wanted[0])
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("Q", [1, 9])
+def test_sorted_stores(backend, direction, Q):
+    """Every row beats all before it, or none does: the reservoir's worst and best cases."""
+    rows = direction * torch.arange(1.0, 3001)[:, None]
+    scores, indices = tk.score_topk(torch.ones(Q, 1), rows, 13, backend=backend)
+    order = torch.arange(2999, 2986, -1) if direction == 1 else torch.arange(13)
+    assert torch.equal(indices, order.expand(Q, -1)) and torch.equal(scores, rows[indices, 0])
+
+
+# ---- mixed_topk --------------------------------------------------------------------------------------------
+
+
+def squared_norms(rows):
+    return rows.float().square().sum(2)
+
+
+def exact_mixed(queries, rows, mixing, scales=None):
+    """(Q, N) in float64."""
+    N = len(rows)
+    scores, indices = _reference.mixed_topk(queries.double(), rows, None, N, mixing, scales, True, 0)
+    return torch.empty_like(scores).scatter(1, indices, scores)
+
+
+def check_mixed(queries, rows, mixing, k=None, backend="cpu", scales=None, largest=True):
+    k = k or len(rows)
+    per_block = None if scales is None else scales.reshape(len(rows), -1)
+    norms = squared_norms(_reference.dequantize(rows, per_block, torch.float32))
+    result = tk.mixed_topk(
+        queries, rows, norms, k, mixing, scales=scales, largest=largest, start=5, backend=backend
+    )
+    exact = exact_mixed(queries, rows, mixing, per_block)
+    check_topk(result, exact, k, largest, torch.full_like(exact, 1e-5), start=5)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mixing", [0, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("Q", [1, 5, 13, 14, 16, 40])
+def test_mixed_topk_is_the_dense_definition(dtype, mixing, Q):
+    """Fewer queries than block dimensions, as many, and more."""
+    queries, rows = randn(Q, 3, 16), randn(211, 3, 16, seed=1, dtype=dtype)
+    check_mixed(queries, rows, mixing, largest=Q % 2 == 0)
+
+
+@pytest.mark.parametrize("backend_", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", ["rows", "blocks"])
+@pytest.mark.parametrize("mixing", [0.0, 0.9])
+def test_mixed_scales(backend_, shape, mixing):
+    queries, rows = randn(6, 3, 16), randn(90, 3, 16, seed=1)
+    scales = randn(*((90,) if shape == "rows" else (90, 3)), seed=2).abs()
+    if backend_ == "cpu":
+        check_mixed(queries, rows, mixing, scales=scales)
+    else:
+        norms = squared_norms(rows)
+        scores, _ = tk.mixed_topk(queries, rows, norms, 90, mixing, scales=scales, backend="reference")
+        exact = exact_mixed(queries, rows, mixing, scales.reshape(90, -1)).sort(1, descending=True).values
+        assert (scores - exact).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mixing", [0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("Q", [1, 20, 64])
+@pytest.mark.parametrize("norm", [1, 30])
+def test_rows_that_are_queries_score_one(dtype, mixing, Q, norm):
+    """Also where ‖y‖² − c·SᵀMS cancels to a hundred-thousandth: c‖y‖² is near 1e5 with norm 30."""
+    L, d = 2, 48
+    rows = (norm * Q**0.5 * randn(150, L, d, seed=1) / (L * d) ** 0.5).to(dtype)
+    queries = rows[:Q].float()
+    scores, indices = check_mixed(queries, rows, mixing)
+    own = torch.empty_like(scores).scatter(1, indices - 5, scores).diagonal()
+    assert ((own - 1).abs() <= 1e-5).all()
+
+
+@pytest.mark.parametrize("mixing", [0, 0.9])
+@pytest.mark.parametrize("Q", [2, 30])
+def test_mixed_shards_merge(mixing, Q, monkeypatch):
+    """In shards, or in other chunks: the same scores up to rounding, and the same rows."""
+    queries, rows = randn(Q, 2, 16), randn(300, 2, 16, seed=1)
+    norms = squared_norms(rows)
+    whole = tk.mixed_topk(queries, rows, norms, 20, mixing)
+    parts = [
+        tk.mixed_topk(queries, rows[a : a + 60], norms[a : a + 60], 20, mixing, start=a)
+        for a in range(0, 300, 60)
+    ]
+    monkeypatch.setattr("trackstar_kernels.scoring._cpu.SCRATCH", 2**14)
+    for scores, indices in (merge_topk(parts, 20), tk.mixed_topk(queries, rows, norms, 20, mixing)):
+        assert torch.equal(indices, whole[1])
+        assert (scores - whole[0]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("backend_", ["cpu", "reference"])
+@pytest.mark.parametrize("mixing", [0, 0.9])
+def test_zero_rows_and_queries_score_zero(backend_, mixing):
+    queries, rows = randn(3, 2, 16), randn(10, 2, 16, seed=1)
+    queries[1] = 0
+    rows[4] = 0
+    scores, indices = tk.mixed_topk(queries, rows, squared_norms(rows), 10, mixing, backend=backend_)
+    found = torch.empty_like(scores).scatter(1, indices, scores)
+    assert (found[1] == 0).all() and (found[:, 4] == 0).all()
+    assert torch.equal(indices[1], torch.arange(10))
+    assert (found[0].abs() > 0).sum() == 9
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("mixing", [0, 0.9])
+def test_mixed_ties_and_nans(largest, mixing):
+    queries, rows = randn(3, 2, 16), randn(6, 2, 16, seed=1).repeat(2, 1, 1)
+    rows[[2, 7]] = torch.nan
+    scores, indices = tk.mixed_topk(queries, rows, squared_norms(rows), 12, mixing, largest=largest)
+    assert torch.equal(indices[:, 10:], torch.tensor([[2, 7]]).expand(3, -1))
+    assert scores[:, 10:].isnan().all() and not scores[:, :10].isnan().any()
+    pairs = torch.tensor([n for n in range(12) if n % 6 not in (1, 2)])
+    for row, score in zip(indices.tolist(), scores, strict=True):
+        for n in pairs[pairs < 6].tolist():
+            first, second = row.index(n), row.index(n + 6)
+            assert second == first + 1 and score[first] == score[second]
+
+
+def test_more_mixing_changes_the_answer():
+    queries, rows = randn(8, 2, 16), randn(100, 2, 16, seed=1)
+    plain, mixed = (exact_mixed(queries, rows, mixing) for mixing in (0.0, 0.9))
+    assert (plain - mixed).abs().max() > 0.1
+
+
+# ---- merge_topk, errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_merge_orders_like_the_ops(largest):
+    scores = torch.tensor([[1.0, torch.nan, -torch.inf], [2.0, 2.0, torch.nan]])
+    parts = [
+        (scores, torch.tensor([[5, 1, 7], [9, 4, 0]])),
+        (scores + 0.0, torch.tensor([[3, 2, 6], [8, 1, 2]])),
+    ]
+    merged, indices = merge_topk(parts, 100, largest)
+    assert merged.shape == (2, 6)
+    first = [3, 5, 6, 7, 1, 2] if largest else [6, 7, 3, 5, 1, 2]
+    assert indices.tolist() == [first, [1, 4, 8, 9, 0, 2]]
+    assert torch.equal(merge_topk(parts, 2, largest)[1], indices[:, :2])
+
+
+def test_merge_of_nothing():
+    with pytest.raises(ValueError, match="parts"):
+        merge_topk([], 3)
+
+
+GOOD = {"queries": torch.ones(2, 3, 4), "rows": torch.ones(5, 3, 4), "k": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"queries": [[1.0]]}, TypeError, "queries must be a torch.Tensor"),
+        ({"queries": torch.ones(4)}, ValueError, r"queries must have shape \(Q, D\) or \(Q, L, d\), got"),
+        (
+            {"queries": torch.ones(2, 3, 4).double()},
+            TypeError,
+            "queries must have dtype float32; got float64",
+        ),
+        ({"queries": torch.full((2, 3, 4), torch.nan)}, ValueError, "queries must be finite"),
+        ({"queries": torch.full((2, 3, 4), torch.inf)}, ValueError, "queries must be finite"),
+        ({"rows": torch.ones(5, 3, 5)}, ValueError, r"rows must have shape \(N, 3, 4\), got \(5, 3, 5\)"),
+        ({"rows": torch.ones(5, 3, 4, dtype=torch.int8)}, TypeError, "float32, float16; got int8"),
+        ({"rows": torch.ones(0, 3, 4)}, ValueError, "must not be empty"),
+        ({"k": 0}, ValueError, r"k must be from 1 to N \(=5\), got 0"),
+        ({"k": 6}, ValueError, r"k must be from 1 to N \(=5\), got 6"),
+        ({"k": 2.0}, TypeError, "k must be an int"),
+        ({"start": -1}, ValueError, "start must be at least 0"),
+        ({"scales": torch.ones(4)}, ValueError, r"scales must have shape \(5,\) or \(5, 3\), got"),
+        ({"scales": torch.ones(5).double()}, TypeError, "scales must have dtype float32"),
+        ({"backend": "triton"}, ValueError, "must be one of cpu, reference, got 'triton'"),
+    ],
+)
+def test_score_topk_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        tk.score_topk(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"queries": torch.ones(2, 12), "rows": torch.ones(5, 12)},
+            ValueError,
+            r"\(Q, L, d\), got \(2, 12\)",
+        ),
+        ({"squared_norms": torch.ones(5)}, ValueError, r"squared_norms must have shape \(5, 3\), got"),
+        ({"squared_norms": torch.ones(5, 3).half()}, TypeError, "squared_norms must have dtype float32"),
+        ({"mixing": 1.0}, ValueError, "mixing must be at least 0 and less than 1, got 1.0"),
+        ({"mixing": -0.1}, ValueError, "mixing must be"),
+        ({"mixing": float("nan")}, ValueError, "mixing must be"),
+        ({"mixing": "auto"}, TypeError, "mixing must be a float, got str"),
+        ({"k": 6}, ValueError, "k must be"),
+        ({"queries": torch.full((2, 3, 4), torch.nan)}, ValueError, "queries must be finite"),
+    ],
+)
+def test_mixed_topk_errors(change, error, message):
+    arguments = {**GOOD, "squared_norms": torch.ones(5, 3), "mixing": 0.5, **change}
+    with pytest.raises(error, match=message):
+        tk.mixed_topk(**arguments)

@@ -1,0 +1,54 @@
+"""Both ops as their definitions say, on dense matrices, in the dtype of the queries."""
+
+import torch
+
+from trackstar_kernels.scoring._merge import merge_topk
+
+
+def score_topk(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    largest: bool,
+    start: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, d), scales (N, L) or None."""
+    rows = dequantize(rows, scales, queries.dtype)
+    return _topk(queries.flatten(1) @ rows.flatten(1).T, k, largest, start)
+
+
+def mixed_topk(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    mixing: float,
+    scales: torch.Tensor | None,
+    largest: bool,
+    start: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`trackstar_kernels.mixed_topk`. Takes the rows' norms from the rows."""
+    rows = dequantize(rows, scales, queries.dtype)
+    Q, _, d = queries.shape
+    x, y = queries.transpose(0, 1), rows.transpose(0, 1)  # (L, Q, d), (L, N, d)
+    hessian = mixing * x.mT @ x / Q + (1 - mixing) * torch.eye(d, dtype=x.dtype, device=x.device)
+    solved_x = torch.linalg.solve(hessian, x.mT).mT
+    solved_y = torch.linalg.solve(hessian, y.mT).mT
+    numerator = torch.einsum("lqd,lnd->qn", solved_x, y)
+    x_norms = (solved_x * x).sum((0, 2)).sqrt()
+    y_norms = (solved_y * y).sum((0, 2)).sqrt()
+    norms = x_norms[:, None] * y_norms
+    return _topk(torch.where(norms == 0, 0, numerator / norms), k, largest, start)
+
+
+def dequantize(rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Rows (N, L, d) in ``dtype``, times scales (N, L), (N, 1) or None."""
+    rows = rows.to(dtype)
+    return rows if scales is None else rows * scales[:, :, None].to(dtype)
+
+
+def _topk(scores: torch.Tensor, k: int, largest: bool, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    Q, N = scores.shape
+    indices = torch.arange(start, start + N, device=scores.device).expand(Q, N)
+    return merge_topk([(scores, indices)], k, largest)
