@@ -118,3 +118,16 @@ def relative_error(got, wanted):
     """Largest over rows of ‖got − wanted‖ / ‖wanted‖; rows that should be zero count absolutely."""
     got, wanted = got.double().flatten(1), wanted.double().flatten(1)
     return ((got - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-6)).max().item()
+
+
+@pytest.fixture
+def unsynced(monkeypatch):
+    """Leave out fsync, most of a tiny build's time: it protects from power failures, which no test stages."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def files_below(folder):
+    """{path below ``folder``: bytes} of every file."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
