@@ -226,10 +226,12 @@ def test_a_module_that_the_loss_does_not_reach_is_named():
         _ = collector.rows
 
 
-def test_no_backward_pass(llama):
+def test_a_forward_pass_outside_the_block(llama):
+    ids = torch.tensor([[1, 2, 3]])
+    loss = llama(input_ids=ids, labels=ids).loss
     with GradientCollector(llama, SketchSpec(sketch=4)) as collector:
-        pass
-    with pytest.raises(RuntimeError, match="no backward pass ran"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="the forward pass belongs there too"):
         _ = collector.rows
 
 

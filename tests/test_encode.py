@@ -33,7 +33,7 @@ def test_agrees_with_the_definition(backend, n, blocks, size):
 def test_float16_narrows_once_and_keeps_the_true_norms(backend):
     rows, whiteners = draw(20, 3, 16, dtype=torch.float32)
     wide, _, norms = encode_rows(rows, whiteners, "float32", backend=backend)
-    narrow, _, kept = encode_rows(rows, whiteners, "float16", backend=backend)
+    narrow, _, kept = encode_rows(rows, whiteners, torch.float16, backend=backend)
     assert torch.equal(narrow, wide.half())
     assert torch.equal(norms, kept)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import make_examples, make_llama
 from torch import nn
-from trackstar import SecondMoments
+from trackstar import SecondMoments, fingerprint
 from trackstar.correction import Correction, fit_rank
 from trackstar.modules import is_conv1d, select_modules
 
@@ -142,6 +142,7 @@ def test_a_correction_survives_the_disk(llama, kind, tmp_path):
     correction = SecondMoments.estimate(llama, make_examples((9, 9))).correction(kind, rank=2)
     correction.save(tmp_path / "c.safetensors")
     back = Correction.load(tmp_path / "c.safetensors")
+    assert fingerprint.of_correction(back) == fingerprint.of_correction(correction)
     assert (back.kind, back.source, back.rank) == (kind, "estimate:2", None if kind == "exact" else 2)
     for name, scale in correction.scales.items():
         assert torch.equal(back.scales[name], scale)

@@ -76,10 +76,11 @@ class GradientCollector:
         """Rows (B, L, d) float32 of the examples seen since the block was entered, on the model's device.
 
         Raises:
-            RuntimeError: no backward pass ran inside the block, or it did not reach a captured module.
+            RuntimeError: no forward and backward pass ran inside the block, or a captured module received no
+                gradient.
         """
         if not self._passes:
-            raise RuntimeError("no backward pass ran inside the GradientCollector block: there are no rows")
+            raise RuntimeError("no captured module ran inside the GradientCollector block: the forward pass belongs there too")
         self._require_all_captured()
         return torch.cat(self._passes)
 

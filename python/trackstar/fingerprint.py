@@ -50,7 +50,7 @@ def of_correction(correction: Correction | None) -> dict[str, object] | None:
         "kind": correction.kind,
         "rank": correction.rank,
         "source": correction.source,
-        "fingerprint": _of_tensors(tensors),
+        "fingerprint": _of_tensors(sorted(tensors, key=lambda item: item[0])),
     }
 
 

@@ -11,14 +11,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def encode_rows(
-    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: str, *, backend: str | None = None
+    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: str | torch.dtype, *, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Whitened rows in the dtype of a store, and their true norms: y[n, b] = whiteners[b] · rows[n, b].
 
     Args:
         rows: (N, L, d) projected gradients, float32 or float64.
         whiteners: (L, d, d) with whiteners[b]ᵀ whiteners[b] = R_b⁻¹, same dtype; None leaves rows as they are.
-        dtype: "float32" or "float16".
+        dtype: "float32" or "float16", or the torch.dtype of that name.
         backend: None, "cpu" or "reference".
 
     Returns:
@@ -38,6 +38,7 @@ def encode_rows(
         check_tensor("whiteners", whiteners)
         check_dtype("whiteners", whiteners, rows.dtype)
         check_shape("whiteners", whiteners, (rows.shape[1], rows.shape[2], rows.shape[2]))
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     device = check_same_device(rows=rows, whiteners=whiteners)
