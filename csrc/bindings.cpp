@@ -43,13 +43,32 @@ void set_isa_by_name(const std::string& wanted) {
   throw std::invalid_argument("isa must be one of available_isas(), got '" + wanted + "'");
 }
 
-void score_topk_at(uintptr_t queries, uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride,
-                   uintptr_t scales, size_t Q, size_t N, size_t L, size_t d, size_t k, bool largest,
-                   int threads, uintptr_t scores, uintptr_t positions) {
-  score_topk(reinterpret_cast<const float*>(queries), reinterpret_cast<const void*>(rows),
-             row_type == "float16" ? RowType::float16 : RowType::float32, row_stride,
-             reinterpret_cast<const float*>(scales), Q, N, L, d, k, largest, threads,
-             reinterpret_cast<float*>(scores), reinterpret_cast<int64_t*>(positions));
+Rows rows_at(uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, uintptr_t scales, size_t N,
+             size_t L, size_t d) {
+  return {reinterpret_cast<const void*>(rows),
+          row_type == "float16" ? RowType::float16 : RowType::float32,
+          row_stride,
+          reinterpret_cast<const float*>(scales),
+          N,
+          L,
+          d};
+}
+
+TopK top_at(size_t Q, size_t k, bool largest, uintptr_t scores, uintptr_t positions) {
+  return {Q, k, largest, reinterpret_cast<float*>(scores), reinterpret_cast<int64_t*>(positions)};
+}
+
+void score_topk_at(uintptr_t queries, const Rows& rows, const TopK& top, int threads) {
+  score_topk(reinterpret_cast<const float*>(queries), rows, top, threads);
+}
+
+void mixed_topk_at(uintptr_t factors, uintptr_t combine, uintptr_t squared_norms, size_t rank, double base,
+                   double sign, double trusted, uintptr_t doubtful, const Rows& rows, const TopK& top,
+                   int threads) {
+  mixed_topk({reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(combine),
+              reinterpret_cast<const float*>(squared_norms), rank, base, sign, trusted,
+              reinterpret_cast<bool*>(doubtful)},
+             rows, top, threads);
 }
 
 }  // namespace
@@ -61,8 +80,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &isa_name, "The level in force.");
   m.def("set_isa", &set_isa_by_name, py::arg("name"), "Put a level in force, for tests and benchmarks.");
 
-  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("row_type"),
-        py::arg("row_stride"), py::arg("scales"), py::arg("Q"), py::arg("N"), py::arg("L"), py::arg("d"),
-        py::arg("k"), py::arg("largest"), py::arg("threads"), py::arg("scores"), py::arg("positions"),
+  py::class_<Rows>(m, "Rows", "Stored rows, by address: see csrc/scoring.h.")
+      .def(py::init(&rows_at), py::arg("values"), py::arg("type"), py::arg("stride"), py::arg("scales"),
+           py::arg("N"), py::arg("L"), py::arg("d"));
+  py::class_<TopK>(m, "TopK", "Where results go, by address: see csrc/scoring.h.")
+      .def(py::init(&top_at), py::arg("Q"), py::arg("k"), py::arg("largest"), py::arg("scores"),
+           py::arg("positions"));
+  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("top"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  m.def("mixed_topk", &mixed_topk_at, py::arg("factors"), py::arg("combine"), py::arg("squared_norms"),
+        py::arg("rank"), py::arg("base"), py::arg("sign"), py::arg("trusted"), py::arg("doubtful"),
+        py::arg("rows"), py::arg("top"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "See csrc/scoring.h.");
 }
