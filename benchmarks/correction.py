@@ -24,7 +24,9 @@ from trackstar.second_moments import SecondMoments
 def make_text(sequences):
     """Bytes of the standard library, as (sequences, 129) token ids."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
-    text = torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8).long()
+    text = torch.frombuffer(
+        bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8
+    ).long()
     starts = torch.randint(0, len(text) - 129, (sequences,), generator=torch.Generator().manual_seed(0))
     return torch.stack([text[start : start + 129] for start in starts.tolist()])
 
@@ -74,7 +76,9 @@ def main() -> None:
         model(input_ids=example[None], labels=example[None]).loss.backward()
         wanted = torch.cat([(module.weight.grad * exact[name]).flatten() for name, module in modules.items()])
         for label, scales in approximations.items():
-            got = torch.cat([(module.weight.grad * scales[name]).flatten() for name, module in modules.items()])
+            got = torch.cat(
+                [(module.weight.grad * scales[name]).flatten() for name, module in modules.items()]
+            )
             cosines[label].append(torch.cosine_similarity(got, wanted, dim=0).item())
     table = Table("correction", "mean cosine", "smallest", title="Cosine to the exactly corrected gradient")
     for label, values in cosines.items():

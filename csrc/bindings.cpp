@@ -60,12 +60,31 @@ void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int
                     at<float>(out), threads);
 }
 
-void score_topk_at(std::uintptr_t queries, std::uintptr_t rows, const std::string& row_type,
-                   ptrdiff_t row_stride, std::uintptr_t scales, size_t Q, size_t N, size_t L, size_t d,
-                   size_t k, bool largest, int threads, std::uintptr_t scores, std::uintptr_t positions) {
-  score_topk(at<const float>(queries), at<const void>(rows),
-             row_type == "float16" ? RowType::float16 : RowType::float32, row_stride, at<const float>(scales),
-             Q, N, L, d, k, largest, threads, at<float>(scores), at<std::int64_t>(positions));
+Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
+             size_t N, size_t L, size_t d) {
+  return {at<const void>(rows),
+          row_type == "float16" ? RowType::float16 : RowType::float32,
+          row_stride,
+          at<const float>(scales),
+          N,
+          L,
+          d};
+}
+
+TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions) {
+  return {Q, k, largest, at<float>(scores), at<std::int64_t>(positions)};
+}
+
+void score_topk_at(std::uintptr_t queries, const Rows& rows, const TopK& top, int threads) {
+  score_topk(at<const float>(queries), rows, top, threads);
+}
+
+void mixed_topk_at(std::uintptr_t factors, std::uintptr_t combine, std::uintptr_t squared_norms, size_t rank,
+                   double base, double sign, double trusted, std::uintptr_t doubtful, const Rows& rows,
+                   const TopK& top, int threads) {
+  mixed_topk({at<const float>(factors), at<const float>(combine), at<const float>(squared_norms), rank, base,
+              sign, trusted, at<bool>(doubtful)},
+             rows, top, threads);
 }
 
 }  // namespace
@@ -82,8 +101,16 @@ PYBIND11_MODULE(_C, m) {
         py::arg("output_grads"), py::arg("offsets"), py::arg("left"), py::arg("right"), py::arg("scale"),
         py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "csrc/gradient.h; arrays as addresses.");
-  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("row_type"),
-        py::arg("row_stride"), py::arg("scales"), py::arg("Q"), py::arg("N"), py::arg("L"), py::arg("d"),
-        py::arg("k"), py::arg("largest"), py::arg("threads"), py::arg("scores"), py::arg("positions"),
+  py::class_<Rows>(m, "Rows", "Stored rows, by address: see csrc/scoring.h.")
+      .def(py::init(&rows_at), py::arg("values"), py::arg("type"), py::arg("stride"), py::arg("scales"),
+           py::arg("N"), py::arg("L"), py::arg("d"));
+  py::class_<TopK>(m, "TopK", "Where results go, by address: see csrc/scoring.h.")
+      .def(py::init(&top_at), py::arg("Q"), py::arg("k"), py::arg("largest"), py::arg("scores"),
+           py::arg("positions"));
+  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("top"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  m.def("mixed_topk", &mixed_topk_at, py::arg("factors"), py::arg("combine"), py::arg("squared_norms"),
+        py::arg("rank"), py::arg("base"), py::arg("sign"), py::arg("trusted"), py::arg("doubtful"),
+        py::arg("rows"), py::arg("top"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "See csrc/scoring.h.");
 }

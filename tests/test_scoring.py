@@ -38,6 +38,13 @@ def threads(n):
         torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests that are about threads ask for more."""
+    with threads(1):
+        yield
+
+
 def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -297,21 +304,48 @@ def test_rows_that_are_queries_score_one(dtype, mixing, Q, norm):
     assert ((own - 1).abs() <= 1e-5).all()
 
 
+@pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("mixing", [0, 0.9])
-@pytest.mark.parametrize("Q", [2, 30])
-def test_mixed_shards_merge(mixing, Q, monkeypatch):
-    """In shards, or in other chunks: the same scores up to rounding, and the same rows."""
+@pytest.mark.parametrize("Q", [2, 10, 30])
+def test_mixed_shards_merge(largest, mixing, Q):
+    """Bit for bit, with any number of threads."""
     queries, rows = randn(Q, 2, 16), randn(300, 2, 16, seed=1)
+    rows[150:] = rows[:150]  # every score is there twice
     norms = squared_norms(rows)
-    whole = tk.mixed_topk(queries, rows, norms, 20, mixing)
-    parts = [
-        tk.mixed_topk(queries, rows[a : a + 60], norms[a : a + 60], 20, mixing, start=a)
-        for a in range(0, 300, 60)
-    ]
-    monkeypatch.setattr("trackstar_kernels.scoring._cpu.SCRATCH", 2**14)
-    for scores, indices in (merge_topk(parts, 20), tk.mixed_topk(queries, rows, norms, 20, mixing)):
-        assert torch.equal(indices, whole[1])
-        assert (scores - whole[0]).abs().max() <= 1e-6
+    whole = tk.mixed_topk(queries, rows, norms, 20, mixing, largest=largest)
+    for n in (1, 3):
+        with threads(n):
+            parts = [
+                tk.mixed_topk(
+                    queries, rows[a : a + 60], norms[a : a + 60], 20, mixing, largest=largest, start=a
+                )
+                for a in range(0, 300, 60)
+            ]
+        scores, indices = merge_topk(parts, 20, largest)
+        assert torch.equal(indices, whole[1]) and torch.equal(scores, whole[0])
+
+
+@pytest.mark.parametrize("k", [1, 40, 70])
+@pytest.mark.parametrize("largest", [True, False])
+def test_rows_that_need_float64(k, largest, monkeypatch):
+    """Sixty of seventy rows lie in the span of the queries; a few at a time are computed again."""
+    monkeypatch.setattr("trackstar_kernels.scoring._cpu.SCRATCH", 2**13)
+    queries, rows = 30 * randn(5, 2, 16), randn(70, 2, 16, seed=1)
+    rows[5:65] = torch.einsum("nq,qld->nld", randn(60, 5, seed=2), queries)
+    check_mixed(queries, rows, 0.9, k=k, largest=largest)
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.9])
+def test_stored_norms_are_used(mixing):
+    """A quantized row is normalised by the norm it had before."""
+    queries, rows = randn(3, 2, 16), randn(20, 2, 16, seed=1)
+    norms = squared_norms(rows)
+    plain, more = (tk.mixed_topk(queries, rows, n, 20, mixing) for n in (norms, 4 * norms))
+    if mixing == 0:
+        assert torch.equal(plain[1], more[1])
+        assert ((plain[0] / 2 - more[0]).abs() <= 1e-6).all()
+    else:
+        assert (more[0].abs() < plain[0].abs()).all()
 
 
 @pytest.mark.parametrize("backend_", ["cpu", "reference"])

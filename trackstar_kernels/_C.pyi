@@ -17,19 +17,24 @@ def project_gradients(
     out: int,
     threads: int,
 ) -> None: ...
-def score_topk(
-    queries: int,
-    rows: int,
-    row_type: str,
-    row_stride: int,
-    scales: int,
-    Q: int,
-    N: int,
-    L: int,
-    d: int,
-    k: int,
-    largest: bool,
+
+class Rows:
+    def __init__(self, values: int, type: str, stride: int, scales: int, N: int, L: int, d: int) -> None: ...
+
+class TopK:
+    def __init__(self, Q: int, k: int, largest: bool, scores: int, positions: int) -> None: ...
+
+def score_topk(queries: int, rows: Rows, top: TopK, threads: int) -> None: ...
+def mixed_topk(
+    factors: int,
+    combine: int,
+    squared_norms: int,
+    rank: int,
+    base: float,
+    sign: float,
+    trusted: float,
+    doubtful: int,
+    rows: Rows,
+    top: TopK,
     threads: int,
-    scores: int,
-    positions: int,
 ) -> None: ...

@@ -69,7 +69,7 @@ inline void add_products(const T* const* row, const float* query, size_t query_s
 
 template <int kQueries, typename T>
 __attribute__((noinline)) void dot(const void* const* rows, const float* queries, size_t query_stride,
-                                   size_t depth, const float* scale, float* scores) {
+                                   size_t depth, const float* scale, float* scores, size_t score_stride) {
   constexpr int kRows = dot_rows(kQueries);
   const T* row[kRows];
 #pragma GCC unroll 8
@@ -94,7 +94,7 @@ __attribute__((noinline)) void dot(const void* const* rows, const float* queries
     for (int q = 0; q < kQueries; ++q) {
       float total = 0;
       for (int lane = 0; lane < kLanes; ++lane) total += sum[r][q][lane];
-      scores[r * kQueries + q] += scale[r] * total;
+      scores[r * score_stride + q] += scale[r] * total;
     }
   }
 }
@@ -103,7 +103,7 @@ __attribute__((noinline)) void dot(const void* const* rows, const float* queries
 
 template <int kVecs>
 __attribute__((noinline)) void panel(const float* const* rows, const char* const* ahead, const float* panel,
-                                     size_t depth, const float* scale, float* scores) {
+                                     size_t depth, const float* scale, float* scores, size_t score_stride) {
   constexpr int kWidth = kVecs * kLanes;
   constexpr size_t kLine = 16;  // floats of a cache line
   const float* row[kPanelRows];
@@ -129,7 +129,7 @@ __attribute__((noinline)) void panel(const float* const* rows, const char* const
   for (int r = 0; r < kPanelRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
-      float* score = scores + r * kWidth + v * kLanes;
+      float* score = scores + r * score_stride + v * kLanes;
       store(score, load(score) + scale[r] * sum[r][v]);
     }
   }
@@ -144,6 +144,16 @@ void widen(const Half* in, size_t n, float* out) {
     Vec wide = load(tail);
     for (size_t j = 0; i + j < n; ++j) out[i + j] = wide[j];
   }
+}
+
+float sum_of_squares(const float* in, size_t n) {
+  Vec sum = {};
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += load(in + i) * load(in + i);
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  for (; i < n; ++i) total += in[i] * in[i];
+  return total;
 }
 
 template <int kQueries, typename T>
@@ -165,6 +175,7 @@ const ScoringKernels scoring_kernels = {
     panel_kernel<1>(),
     panel_kernel<2>(),
     widen,
+    sum_of_squares,
 };
 
 }  // namespace TRACKSTAR_ISA

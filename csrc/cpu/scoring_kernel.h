@@ -13,7 +13,7 @@ struct Half {
 
 // Both kinds add, for a block of rows and all their queries,
 //
-//     scores[r * queries + q] += scale[r] · Σ_k rows[r][k] · query_q[k]      k < depth
+//     scores[r * score_stride + q] += scale[r] · Σ_k rows[r][k] · query_q[k]      k < depth
 //
 // with a sum over k that starts from zero in every call and is always taken in the same order.
 
@@ -21,7 +21,7 @@ struct Half {
 struct DotKernel {
   int rows;
   void (*run)(const void* const* rows, const float* queries, size_t query_stride, size_t depth,
-              const float* scale, float* scores);
+              const float* scale, float* scores, size_t score_stride);
 };
 
 // Many queries, panel[k * queries + q]. Meanwhile 4 · depth bytes at each ahead[r] are fetched into cache.
@@ -29,7 +29,7 @@ struct PanelKernel {
   int rows;
   int queries;
   void (*run)(const float* const* rows, const char* const* ahead, const float* panel, size_t depth,
-              const float* scale, float* scores);
+              const float* scale, float* scores, size_t score_stride);
 };
 
 constexpr int kMaxDotQueries = 4;
@@ -41,6 +41,7 @@ struct ScoringKernels {
   DotKernel dot_half[kMaxDotQueries];    // Half rows
   PanelKernel narrow, wide;              // panels one and two vectors wide
   void (*widen)(const Half* in, size_t n, float* out);
+  float (*sum_of_squares)(const float* in, size_t n);
 };
 
 namespace baseline {

@@ -80,7 +80,9 @@ class GradientCollector:
                 gradient.
         """
         if not self._passes:
-            raise RuntimeError("no captured module ran inside the GradientCollector block: the forward pass belongs there too")
+            raise RuntimeError(
+                "no captured module ran inside the GradientCollector block: the forward pass belongs there too"
+            )
         self._require_all_captured()
         return torch.cat(self._passes)
 

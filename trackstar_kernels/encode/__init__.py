@@ -11,7 +11,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def encode_rows(
-    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: str | torch.dtype, *, backend: str | None = None
+    rows: torch.Tensor,
+    whiteners: torch.Tensor | None,
+    dtype: str | torch.dtype,
+    *,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Whitened rows in the dtype of a store, and their true norms: y[n, b] = whiteners[b] · rows[n, b].
 

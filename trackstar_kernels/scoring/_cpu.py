@@ -1,14 +1,18 @@
-"""score_topk in C++ (csrc/scoring.h), and mixed_topk in batched matrix products around it."""
+"""Both ops in C++ (csrc/scoring.h); what mixed_topk needs to know of its queries is prepared here."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from trackstar_kernels import _C
-from trackstar_kernels.scoring._reference import dequantize
+from trackstar_kernels.scoring._merge import merge_topk
 
-SCRATCH = 64 * 2**20  # bytes of working memory, beside the factors, which are no larger than the queries
+# Float32 keeps the squared norm of a row to about 2⁻²⁴ of ‖y‖² where terms of that size cancel, and its root
+# to 2⁻²⁴ of ‖y‖ where ‖t‖² is all there is: where less than this is left of ‖y‖², it is computed in float64.
+TRUSTED_DIFFERENCE = 0.05
+TRUSTED_SQUARE = 0.05**2
+
+SCRATCH = 64 * 2**20  # bytes of working memory for doing that
 
 
 def score_topk(
@@ -20,30 +24,14 @@ def score_topk(
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, d), scales (N, L) or None."""
-    Q, N, (L, d) = len(queries), len(rows), rows.shape[1:]
     queries = queries.contiguous()
-    if rows[0].is_contiguous():
-        row_stride = rows.stride(0)
-    else:
-        rows, row_stride = rows.contiguous(), L * d
-    scales = None if scales is None else scales.contiguous()
-    scores = torch.empty(Q, k)
-    indices = torch.empty(Q, k, dtype=torch.int64)
+    rows, scales = _readable(rows), None if scales is None else scales.contiguous()
+    scores, indices = _results(len(queries), k)
     _C.score_topk(
         queries=queries.data_ptr(),
-        rows=rows.data_ptr(),
-        row_type=str(rows.dtype).removeprefix("torch."),
-        row_stride=row_stride,
-        scales=0 if scales is None else scales.data_ptr(),
-        Q=Q,
-        N=N,
-        L=L,
-        d=d,
-        k=k,
-        largest=largest,
+        rows=_rows_at(rows, scales),
+        top=_top_at(scores, indices, largest),
         threads=torch.get_num_threads(),
-        scores=scores.data_ptr(),
-        positions=indices.data_ptr(),
     )
     return scores, indices.add_(start)
 
@@ -61,29 +49,32 @@ def mixed_topk(
     """See :func:`trackstar_kernels.mixed_topk`; scales (N, L), (N, 1) or None."""
     if mixing == 0:
         return _cosine_topk(queries, rows, squared_norms, k, scales, largest, start)
-    N, L, d = rows.shape
-    Q = len(queries)
-    task = _Task.of(queries, mixing)
-    rank = task.factors.shape[1]
-    best = torch.empty(Q, 0, dtype=torch.int64)
-    redo = []
-    chunk = max(1, SCRATCH // (4 * L * (d + rank) + 40 * Q))
-    for first in range(0, N, chunk):
-        part = slice(first, first + chunk)
-        values = dequantize(rows[part], None if scales is None else scales[part], torch.float32)
-        scores, doubtful = _scores(task, values, squared_norms[part].sum(1))
-        positions = torch.arange(first, first + len(values))
-        if doubtful.any():
-            redo.append(positions[doubtful])
-            scores, positions = scores[:, ~doubtful], positions[~doubtful]
-        best = _best(best, scores, positions, k, largest)
-    if redo:
-        chunk = max(1, SCRATCH // (8 * (2 * d + rank) + 56 * Q))
-        for positions in torch.cat(redo).split(chunk):
-            scores = _precise_scores(queries, rows, scales, mixing, positions)
-            best = _best(best, scores, positions, k, largest)
-    scores, positions = _decode(best, largest)
-    return scores, positions.add_(start)
+    factors, combine = _factors(queries, mixing)
+    rows, squared_norms = _readable(rows), squared_norms.contiguous()
+    scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
+    scores, indices = _results(len(queries), k)
+    doubtful = torch.empty(len(rows), dtype=torch.bool)
+    _C.mixed_topk(
+        factors=factors.data_ptr(),
+        combine=combine.data_ptr(),
+        squared_norms=squared_norms.data_ptr(),
+        rank=factors.shape[1],
+        base=0.0 if _many(queries) else 1.0,
+        sign=1.0 if _many(queries) else -_coupling(queries, mixing),
+        trusted=TRUSTED_SQUARE if _many(queries) else TRUSTED_DIFFERENCE,
+        doubtful=doubtful.data_ptr(),
+        rows=_rows_at(rows, scales),
+        top=_top_at(scores, indices, largest),
+        threads=torch.get_num_threads(),
+    )
+    redo = doubtful.nonzero()[:, 0]
+    found = min(k, len(rows) - len(redo))
+    scores, indices = scores[:, :found], indices[:, :found]
+    Q, _, d = queries.shape
+    for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
+        precise = _precise_scores(queries, rows, scales, mixing, positions)
+        scores, indices = merge_topk([(scores, indices), (precise, positions.expand_as(precise))], k, largest)
+    return scores, indices.add_(start)
 
 
 def _cosine_topk(
@@ -110,29 +101,17 @@ def _inverse_root(squares: torch.Tensor) -> torch.Tensor:
     return torch.where(squares == 0, 0, squares.rsqrt())
 
 
-# The form of each block's inverse Hessian that the scan uses. With x the queries of the block as rows,
-# c = λ / ((1 − λ)·Q) and the common factor 1 / (1 − λ) left out,
+# ---- The inverse Hessian in the form that the scan uses ----------------------------------------------------
+# With x the queries of a block as rows, c = λ / ((1 − λ)·Q), and every term times 1 − λ,
 #
-#   few queries:   C Cᵀ = I + c·x xᵀ (Q × Q)    factor = C⁻¹ x     combine = C⁻ᵀ         base = 1, sign = −c
-#   many queries:  C Cᵀ = I + c·xᵀ x (d × d)    factor = C⁻¹       combine = x C⁻ᵀ       base = 0, sign = 1
+#   few queries:   C Cᵀ = I + c·x xᵀ (Q × Q)    factor = C⁻¹ x    combine = C⁻ᵀ      yᵀ R⁻¹ y = ‖y‖² − c·‖t‖²
+#   many queries:  C Cᵀ = I + c·xᵀ x (d × d)    factor = C⁻¹      combine = x C⁻ᵀ    yᵀ R⁻¹ y = ‖t‖²
 #
-# so that with t = factor · y:  xᵀ R⁻¹ y = combine · t  and  yᵀ R⁻¹ y = base · ‖y‖² + sign · ‖t‖².
+# where t = factor · y, and x R⁻¹ y = combine · t in both.
 
 
-def _block_factors(queries: torch.Tensor, mixing: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(factor (r, d), combine (Q, r)) of each block, float64."""
-    c = _coupling(mixing, len(queries))
-    for x in queries.double().transpose(0, 1):
-        gram = x.T @ x if _many(queries) else x @ x.T
-        identity = torch.eye(len(gram), dtype=torch.float64)
-        inverse = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(identity + c * gram), identity, upper=False
-        )
-        yield (inverse, x @ inverse.T) if _many(queries) else (inverse @ x, inverse.T)
-
-
-def _coupling(mixing: float, Q: int) -> float:
-    return mixing / ((1 - mixing) * Q)
+def _coupling(queries: torch.Tensor, mixing: float) -> float:
+    return mixing / ((1 - mixing) * len(queries))
 
 
 def _many(queries: torch.Tensor) -> bool:
@@ -143,45 +122,35 @@ def _many(queries: torch.Tensor) -> bool:
     return 7 * d < 8 * Q
 
 
-@dataclass
-class _Task:
-    """What the scan needs to know of the queries, in float32."""
-
-    factors: torch.Tensor  # (L, r, d)
-    combine: torch.Tensor  # (Q, L · r), of queries whose norm is 1
-    base: float
-    sign: float
-
-    @classmethod
-    def of(cls, queries: torch.Tensor, mixing: float) -> "_Task":
-        Q, L, d = queries.shape
-        many = _many(queries)
-        rank = d if many else Q
-        factors = torch.empty(L, rank, d)
-        combine = torch.empty(Q, L, rank, dtype=torch.float64)
-        squares = torch.zeros(Q, dtype=torch.float64)
-        for block, (factor, combined) in enumerate(_block_factors(queries, mixing)):
-            factors[block] = factor
-            combine[:, block] = combined
-            squares += (combined * (queries[:, block].double() @ factor.T)).sum(1)
-        combine *= _inverse_root(squares)[:, None, None]
-        base, sign = (0.0, 1.0) if many else (1.0, -_coupling(mixing, Q))
-        return cls(factors, combine.flatten(1).float(), base, sign)
+def _block_factors(
+    queries: torch.Tensor, mixing: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each block factor (r, d), combine (Q, r) and xᵀ R⁻¹ x (Q,), float64."""
+    c, many = _coupling(queries, mixing), _many(queries)
+    for x in queries.double().transpose(0, 1):
+        gram = x.T @ x if many else x @ x.T
+        identity = torch.eye(len(gram), dtype=torch.float64)
+        cholesky = torch.linalg.cholesky(identity + c * gram)
+        inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+        if many:
+            combine = x @ inverse.T
+            yield inverse, combine, combine.square().sum(1)
+        else:
+            yield inverse @ x, inverse.T, (inverse * (inverse @ gram)).sum(0)
 
 
-def _scores(
-    task: _Task, values: torch.Tensor, row_squares: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (Q, n) of rows ``values`` (n, L, d), and which rows (n,) float32 did not suffice for.
-
-    Rounding leaves the squared norm an error of about 2⁻²⁴·‖y‖² where terms of that size cancel, and of
-    2⁻²⁴·‖y‖ times its root where ‖t‖² is all there is. It must not exceed some twenty roundings of the norm.
-    """
-    t = torch.bmm(task.factors, values.permute(1, 2, 0)).flatten(0, 1)
-    numerators = task.combine @ t
-    squares = task.base * row_squares + task.sign * t.square_().sum(0)
-    doubtful = squares < (0.05 if task.base else 0.05**2) * row_squares
-    return numerators.mul_(torch.where(row_squares == 0, 0, squares.rsqrt())), doubtful
+def _factors(queries: torch.Tensor, mixing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """All factors (L, r, d) and combine (Q, L, r) in float32, for queries brought to norm 1."""
+    Q, L, d = queries.shape
+    rank = d if _many(queries) else Q
+    factors = torch.empty(L, rank, d)
+    combine = torch.empty(Q, L, rank, dtype=torch.float64)
+    squares = torch.zeros(Q, dtype=torch.float64)
+    for block, (factor, combined, square) in enumerate(_block_factors(queries, mixing)):
+        factors[block] = factor
+        combine[:, block] = combined
+        squares += square
+    return factors, (combine * _inverse_root(squares)[:, None, None]).float()
 
 
 def _precise_scores(
@@ -191,44 +160,50 @@ def _precise_scores(
     mixing: float,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores (Q, n) of the rows at ``positions``, in float64 from the stored values alone."""
-    Q, n = len(queries), len(positions)
-    c = _coupling(mixing, Q)
-    numerators = torch.zeros(Q, n, dtype=torch.float64)
-    query_squares = torch.zeros(Q, dtype=torch.float64)
-    row_squares = torch.zeros(n, dtype=torch.float64)
-    for block, (factor, combine) in enumerate(_block_factors(queries, mixing)):
+    """Scores (Q, n) of the rows at ``positions``, in float64 and from the stored values alone."""
+    numerators = torch.zeros(len(queries), len(positions), dtype=torch.float64)
+    query_squares = torch.zeros(len(queries), dtype=torch.float64)
+    row_squares = torch.zeros(len(positions), dtype=torch.float64)
+    for block, (factor, combine, square) in enumerate(_block_factors(queries, mixing)):
         y = rows[positions, block].double()
         if scales is not None:
-            y *= scales[positions, block if scales.shape[1] > 1 else 0, None]
+            y *= scales[positions, block, None]
         t = factor @ y.T
         numerators.addmm_(combine, t)
-        query_squares += (combine * (queries[:, block].double() @ factor.T)).sum(1)
-        t = t.square_().sum(0)
-        row_squares += t if _many(queries) else y.square_().sum(1) - c * t
+        query_squares += square
+        row_squares += (
+            t.square().sum(0)
+            if _many(queries)
+            else (y.square().sum(1) - _coupling(queries, mixing) * t.square().sum(0))
+        )
     return (numerators * _inverse_root(query_squares)[:, None] * _inverse_root(row_squares)).float()
 
 
-# Results are kept as one integer each, larger is better: the score's bits, made to order as integers do,
-# above the complement of the position. The smallest integer decodes to a NaN, and every NaN becomes it.
-
-_POSITION_BITS = 32
-_POSITION_MASK = 2**_POSITION_BITS - 1
+# ---- Tensors as csrc takes them ----------------------------------------------------------------------------
 
 
-def _best(
-    best: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor, k: int, largest: bool
-) -> torch.Tensor:
-    """The k best of results ``best`` (Q, n) and of ``scores`` (Q, m) at ``positions`` (m,), best first."""
-    scores = (scores if largest else -scores) + 0.0  # -0.0 + 0.0 is 0.0: they are equal scores
-    bits = scores.view(torch.int32)
-    ordered = torch.where(scores.isnan(), -(2**31), bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    keys = (ordered.long() << _POSITION_BITS) | (_POSITION_MASK - positions)
-    keys = torch.cat([best, keys], 1)
-    return keys.topk(min(k, keys.shape[1]), 1).values
+def _readable(rows: torch.Tensor) -> torch.Tensor:
+    """The rows (N, L, d), copied unless each of them is dense."""
+    return rows if rows[0].is_contiguous() else rows.contiguous()
 
 
-def _decode(best: torch.Tensor, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    ordered = (best >> _POSITION_BITS).int()
-    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return scores if largest else 0.0 - scores, _POSITION_MASK - (best & _POSITION_MASK)
+def _results(Q: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(Q, k), torch.empty(Q, k, dtype=torch.int64)
+
+
+def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None) -> _C.Rows:
+    N, L, d = rows.shape
+    return _C.Rows(
+        values=rows.data_ptr(),
+        type=str(rows.dtype).removeprefix("torch."),
+        stride=rows.stride(0),
+        scales=0 if scales is None else scales.data_ptr(),
+        N=N,
+        L=L,
+        d=d,
+    )
+
+
+def _top_at(scores: torch.Tensor, indices: torch.Tensor, largest: bool) -> _C.TopK:
+    Q, k = scores.shape
+    return _C.TopK(Q=Q, k=k, largest=largest, scores=scores.data_ptr(), positions=indices.data_ptr())
