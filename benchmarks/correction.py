@@ -14,11 +14,11 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-
-from benchmarks.timing import save
 from trackstar.correction import fit_rank
 from trackstar.modules import select_modules
 from trackstar.second_moments import SecondMoments
+
+from benchmarks.timing import save
 
 
 def make_text(sequences):

@@ -107,7 +107,7 @@ def test_text_tokens_and_ids_come_back(tmp_path, llama):
         assert store.tokens(i).tolist() == example["input_ids"]
     for read in (store.text, store.id, store.tokens):
         for index in (-1, len(examples)):
-            with pytest.raises(IndexError, match=f"index must be from 0 to 7, got {index}"):
+            with pytest.raises(IndexError, match=rf"index must be from 0 to 7, got {index}"):
                 read(index)
 
 
@@ -181,7 +181,7 @@ def test_the_same_patterns_are_the_same_spec(tmp_path, llama):
 
 def test_resume_false_refuses_a_store(tmp_path, llama):
     trackstar.build_store(tmp_path, llama, make_examples(LENGTHS), spec=SPEC, resume=False)
-    with pytest.raises(StoreError, match="must not hold a store when resume=False"):
+    with pytest.raises(StoreError, match=r"must not hold a store when resume=False"):
         trackstar.build_store(tmp_path, llama, make_examples(LENGTHS), spec=SPEC, resume=False)
 
 
@@ -190,16 +190,16 @@ def test_a_foreign_folder_is_left_alone(tmp_path, llama, name):
     """Also one whose names look like a store's: without a manifest they are not."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(StoreError, match=f"holds '{name.split('/')[0]}' and no manifest.json"):
+    with pytest.raises(StoreError, match=rf"holds '{name.split('/')[0]}' and no manifest.json"):
         trackstar.build_store(tmp_path, llama, make_examples(LENGTHS), spec=SPEC)
     assert files_below(tmp_path) == {name: b"mine"}
 
 
 def test_a_file_in_the_way(tmp_path, llama):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StoreError, match="path must be a folder, got the file"):
+    with pytest.raises(StoreError, match=r"path must be a folder, got the file"):
         trackstar.build_store(tmp_path / "file", llama, make_examples(LENGTHS), spec=SPEC)
-    with pytest.raises(FileExistsError, match="file"):
+    with pytest.raises(FileExistsError, match=r"file"):
         trackstar.build_store(tmp_path / "file" / "below", llama, make_examples(LENGTHS), spec=SPEC)
     assert files_below(tmp_path) == {"file": b"mine"}
 
@@ -242,7 +242,7 @@ def test_weights_that_are_not_finite(tmp_path, llama):
     name, weight = list(llama.named_parameters())[-1]
     with torch.no_grad():
         weight.view(-1)[0] = torch.nan
-    with pytest.raises(ValueError, match=f"model must have finite weights; '{name}' holds NaN or Inf"):
+    with pytest.raises(ValueError, match=rf"model must have finite weights; '{name}' holds NaN or Inf"):
         trackstar.build_store(tmp_path, llama, make_examples(LENGTHS), spec=SPEC)
 
 
@@ -257,7 +257,7 @@ def test_a_gradient_that_is_not_finite_names_its_example(tmp_path, llama, monkey
         return forward(ids) * torch.where((ids == bad).all(dim=1), torch.inf, 1.0)[:, None, None]
 
     monkeypatch.setattr(llama.model.embed_tokens, "forward", overflowing)
-    with pytest.raises(FloatingPointError, match="example 'the bad one' holds NaN or Inf: 'overflow'"):
+    with pytest.raises(FloatingPointError, match=r"example 'the bad one' holds NaN or Inf: 'overflow'"):
         trackstar.build_store(tmp_path, llama, examples, spec=SPEC, shard_rows=2)
     monkeypatch.undo()
     monkeypatch.setattr("os.fsync", lambda handle: None)

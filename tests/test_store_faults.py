@@ -175,13 +175,13 @@ def test_damage_is_named_and_nothing_served_from_it(store, monkeypatch, capsys, 
 
     before = files_below(store)
     queries = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]
-    with pytest.raises(StoreError, match=f"{name} {message}; nothing is served from it"):
+    with pytest.raises(StoreError, match=rf"{name} {message}; nothing is served from it"):
         attribute(opened, tiny_model(), queries, k=1)
     if name.startswith(SHARD):
         for read in (lambda: opened.rows(2, 4), lambda: opened.text(5), lambda: opened.id(3)):
-            with pytest.raises(StoreError, match=f"{name} {message}"):
+            with pytest.raises(StoreError, match=rf"{name} {message}"):
                 read()
-        with pytest.raises(StoreError, match=f"{name} {message}"):
+        with pytest.raises(StoreError, match=rf"{name} {message}"):
             score_rows(opened, torch.ones(1, *opened.row_shape), k=1)
         assert len(opened.rows(0, 3)) == 3
     assert files_below(store) == before
@@ -193,7 +193,7 @@ def test_a_shard_that_goes_missing_later_is_not_made_anew(store):
     opened.rows(0, len(opened))
     shutil.rmtree(store / SHARD)
     for read in (lambda: opened.rows(3, 4), lambda: opened.text(3), lambda: opened.tokens(3)):
-        with pytest.raises(StoreError, match=f"{SHARD}/.* is missing"):
+        with pytest.raises(StoreError, match=rf"{SHARD}/.* is missing"):
             read()
     assert not (store / SHARD).exists()
 
@@ -217,7 +217,7 @@ def test_any_flipped_byte_of_the_manifest_is_refused(store):
         b"null",
     ):
         file.write_bytes(content)
-        with pytest.raises(StoreError, match="is damaged"):
+        with pytest.raises(StoreError, match=r"is damaged"):
             trackstar.open_store(store)
 
 
@@ -234,7 +234,7 @@ def test_a_store_of_another_format(store):
     document = json.loads(file.read_text())
     file.write_text(json.dumps({"format": document["format"] + 1, "anything": "else"}))
     for use in (trackstar.open_store, tiny_build):
-        with pytest.raises(StoreError, match="is a store of format 2; this version reads format 1"):
+        with pytest.raises(StoreError, match=r"is a store of format 2; this version reads format 1"):
             use(store)
 
 
@@ -249,7 +249,7 @@ def test_damaged_staged_rows_do_not_reach_the_store(tmp_path):
     """Killed while collecting; the rows that wait for R_train are not yet in any manifest."""
     assert finish(start(build_to_death, tmp_path, 3)) == -9
     flip(tmp_path / "staging" / "00000000" / "rows" / "data.ninja", 100)
-    with pytest.raises(StoreError, match="staging/00000000 does not match its checksum"):
+    with pytest.raises(StoreError, match=r"staging/00000000 does not match its checksum"):
         tiny_build(tmp_path)
 
 
@@ -393,7 +393,7 @@ def test_two_builds_on_one_path(tmp_path, uninterrupted):
     begun, may_end = killable.FORKS.Event(), killable.FORKS.Event()
     first = start(stopping_build, tmp_path, begun, may_end)
     assert begun.wait(60)
-    with pytest.raises(StoreError, match=f"another process is building the store at {tmp_path}"):
+    with pytest.raises(StoreError, match=rf"another process is building the store at {tmp_path}"):
         tiny_build(tmp_path)
     may_end.set()
     assert finish(first) == 0

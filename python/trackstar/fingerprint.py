@@ -13,11 +13,11 @@ from trackstar.examples import Encoded
 
 
 def of_model(model: nn.Module) -> dict[str, object]:
-    """Class, parameter count and a hash of every weight."""
+    """Class, parameter count and a hash of every weight and buffer (which hold, say, the rotary frequencies)."""
     return {
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "fingerprint": _of_tensors(model.named_parameters()),
+        "fingerprint": _of_tensors([*model.named_parameters(), *model.named_buffers()]),
     }
 
 

@@ -10,11 +10,16 @@ from trackstar.examples import IGNORED
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _shift(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _aligned(labels: torch.Tensor) -> torch.Tensor:
+    """Labels moved to the positions that predict them: the labels move, as the logits are far larger."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _counted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (n, V) float32 and labels (n,) of the predictions that count."""
-    labels = labels[:, 1:]
+    labels = _aligned(labels)
     counted = labels != IGNORED
-    return logits[:, :-1][counted].float(), labels[counted]
+    return logits[counted].float(), labels[counted]
 
 
 def nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -24,12 +29,14 @@ def nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: (B, T, V), as a causal language model returns them; position t predicts label t + 1.
         labels: (B, T) int64, −100 where the prediction does not count.
     """
-    return functional.cross_entropy(*_shift(logits, labels), reduction="sum")
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), _aligned(labels).flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of the log-odds against the labels, −Σ log(p / (1 − p)); arguments as in :func:`nll`."""
-    logits, labels = _shift(logits, labels)
+    logits, labels = _counted(logits, labels)
     own = logits.gather(1, labels[:, None])[:, 0]
     others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)
     return (others - own).sum()
@@ -37,7 +44,7 @@ def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def logit(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of the labels' negated logits; arguments as in :func:`nll`."""
-    logits, labels = _shift(logits, labels)
+    logits, labels = _counted(logits, labels)
     return -logits.gather(1, labels[:, None]).sum()
 
 

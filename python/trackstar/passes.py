@@ -13,7 +13,7 @@ from trackstar.examples import IGNORED, Encoded, check_vocabulary, encode_exampl
 from trackstar.losses import Loss, nll
 from trackstar.spec import SketchSpec
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 512
 """Padded tokens in a batch: enough for the GEMMs to run at full speed, few enough for the logits to stay small."""
 
 WINDOW = 256
