@@ -19,12 +19,16 @@
 namespace trackstar {
 namespace {
 
-constexpr int64_t kRowBlock = 48;      // rows of a block: whole tiles at every level
-constexpr int64_t kColumnBlock = 192;  // columns of a block: whole tiles at every level, at most kDepth
-constexpr int64_t kDepth = 256;        // terms of one chain of additions: a panel of this depth fits in L1
-constexpr int64_t kPieceTokens =
-    1024;  // a longer example is summed piece by piece, which bounds the scratch memory
-constexpr int64_t kPartPieces = 8;  // short examples that share a block of the scale while it is in cache
+// Blocks are whole tiles at every level, and an X panel of kDepth tokens fits in L1.
+constexpr int64_t kRowBlock = 96;
+constexpr int64_t kColumnBlock = 192;
+constexpr int64_t kDepth = 256;  // most terms of one chain of additions
+
+// Longer examples are summed piece by piece, which bounds the scratch memory. Short ones are taken up to
+// eight at a time, which share a block of the scale while it is in cache.
+constexpr int64_t kPieceTokens = 1024;
+constexpr int64_t kPartPieces = 8;
+constexpr int64_t kPartRows = kPieceTokens + kPartPieces;
 
 const GradientKernels& kernels_in_force() {
   switch (isa()) {
@@ -102,9 +106,9 @@ class Projection {
   Projection(const GradientBatch& batch, float* out, int threads)
       : x_(batch), out_(out), threads_(threads), kernels_(kernels_in_force()) {}
 
-  // Rows [row, row + kernels_.rows) of one example's result, from a strip with rows of `length`.
-  void write(int64_t example, int64_t row, const float* strip, int64_t length, bool add) const {
-    for (int64_t i = row; i < std::min(row + kernels_.rows, x_.q); ++i, strip += length) {
+  // Rows [row, row + kernels_.rows) of one example's result, from a strip with rows of padded_p_.
+  void write(int64_t example, int64_t row, const float* strip, bool add) const {
+    for (int64_t i = row; i < std::min(row + kernels_.rows, x_.q); ++i, strip += padded_p_) {
       float* to = out_ + (example * x_.q + i) * x_.p;
       for (int64_t j = 0; j < x_.p; ++j) to[j] = add ? to[j] + strip[j] : strip[j];
     }
@@ -117,8 +121,8 @@ class Projection {
   const int64_t padded_p_ = round_up(x_.p, kernels_.columns);
 };
 
-// Without a scale the sum over tokens comes last, out = Σ_r (Δ left[r]ᵀ)ᵀ (X right[r]ᵀ), and no gradient is
-// needed.
+// Without a scale the sum over tokens comes last and no gradient is needed: out = Σ_r (Δ left[r]ᵀ)ᵀ (X
+// right[r]ᵀ).
 class FoldedProjection : Projection {
  public:
   FoldedProjection(const GradientBatch& batch, float* out, int threads)
@@ -127,8 +131,8 @@ class FoldedProjection : Projection {
         right_(pack_sketches(x_.right, x_.rank, x_.p, x_.in_features, kernels_.columns, threads)),
         grad_sketches_(padded_tokens_ * grad_row_),
         activation_sketches_(padded_tokens_ * x_.rank * padded_p_),
-        scratch_(one_per_thread(threads, std::max(kernels_.rows * std::max(x_.in_features, x_.out_features),
-                                                  kernels_.rows * padded_p_))) {}
+        scratch_(one_per_thread(threads,
+                                kernels_.rows * std::max({x_.in_features, x_.out_features, padded_p_}))) {}
 
   void run() const {
 #pragma omp parallel num_threads(threads_)
@@ -153,46 +157,38 @@ class FoldedProjection : Projection {
  private:
   // Tokens [token, token + kRowBlock) of a matrix (ΣT, features) times every panel of a sketch.
   void sketch(const float* matrix, int64_t features, const Buffer& panels, int64_t padded, int64_t token,
-              decltype(Product::c) c, float* scratch) const {
+              Product::C c, float* scratch) const {
     const int64_t count = std::min(kRowBlock, tokens_ - token);
     const int64_t tail = count % kernels_.rows, whole = count - tail;
     const float* from = matrix + token * features;
+    const Product::C c_tail = {c.at + whole * c.row, c.panel, c.row};
     // The last tile of the batch would read past its end: it gets a copy.
     if (tail > 0) pack_transposed(from + whole * features, tail, features, kernels_.rows, scratch);
     for (int64_t f = 0; f < features; f += kDepth) {
-      const int64_t n = x_.rank * padded, depth = std::min(kDepth, features - f);
-      const decltype(Product::b) b = {panels.at(f * kernels_.columns), kernels_.columns * features};
-      kernels_.multiply(
-          {whole, n, depth, {from + f, kernels_.rows * features, features, 1}, b, c, f > 0, {}});
-      kernels_.multiply({tail,
-                         n,
-                         depth,
-                         {scratch + f * kernels_.rows, 0, 1, kernels_.rows},
-                         b,
-                         {c.at + whole * c.row, c.panel, c.row},
-                         f > 0,
-                         {}});
+      const int64_t n = x_.rank * padded, k = std::min(kDepth, features - f);
+      const Product::A a = {from + f, kernels_.rows * features, features, 1};
+      const Product::A a_tail = {scratch + f * kernels_.rows, 0, 1, kernels_.rows};
+      const Product::B b = {panels.at(f * kernels_.columns), kernels_.columns * features};
+      kernels_.multiply({whole, n, k, a, b, c, f > 0, {}});
+      if (tail > 0) kernels_.multiply({tail, n, k, a_tail, b, c_tail, f > 0, {}});
     }
   }
 
   // Rows [row, row + kernels_.rows) of an example's result.
   void contract(int64_t example, int64_t row, float* strip) const {
-    const int64_t end = x_.offsets[example + 1];
-    bool first = true;
+    const int64_t start = x_.offsets[example], end = x_.offsets[example + 1];
+    if (start == end) return;
+    const Product::C c = {strip, kernels_.columns, padded_p_};
     for (int64_t r = 0; r < x_.rank; ++r) {
-      for (int64_t t = x_.offsets[example]; t < end; t += kDepth, first = false) {
-        kernels_.multiply({kernels_.rows,
-                           padded_p_,
-                           std::min(kDepth, end - t),
-                           {grad_sketches_.at(t * grad_row_ + r * padded_q_ + row), 0, 1, grad_row_},
-                           {activation_sketches_.at(r * padded_p_ * padded_tokens_ + t * kernels_.columns),
-                            kernels_.columns * padded_tokens_},
-                           {strip, kernels_.columns, padded_p_},
-                           !first,
-                           {}});
+      for (int64_t t = start; t < end; t += kDepth) {
+        const Product::A a = {grad_sketches_.at(t * grad_row_ + r * padded_q_ + row), 0, 1, grad_row_};
+        const Product::B b = {activation_sketches_.at(r * padded_p_ * padded_tokens_ + t * kernels_.columns),
+                              kernels_.columns * padded_tokens_};
+        const int64_t k = std::min(kDepth, end - t);
+        kernels_.multiply({kernels_.rows, padded_p_, k, a, b, c, r > 0 || t > start, {}});
       }
     }
-    if (!first) write(example, row, strip, padded_p_, false);
+    write(example, row, strip, false);
   }
 
   const int64_t tokens_ = x_.offsets[x_.batch], padded_tokens_ = round_up(tokens_, kernels_.rows);
@@ -217,7 +213,7 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// With a scale the gradient is needed, a block of 48 × 192 at a time:
+// With a scale the gradient is needed, a block of 96 × 192 at a time:
 //
 //   g = ΔᵀX ∘ scale     Δ and X packed into panels
 //   H (+)= g right[r]ᵀ  one row of H for each row of g
@@ -229,17 +225,17 @@ class ScaledProjection : Projection {
         left_(pack_sketches(x_.left, x_.rank, x_.q, x_.out_features, kernels_.rows, threads)),
         right_(pack_sketches(x_.right, x_.rank, x_.p, x_.in_features, kernels_.columns, threads)),
         scratch_(one_per_thread(
-            threads, std::max(kRowBlock * (kColumnBlock + kPieceTokens), kernels_.rows * padded_p_))) {
+            threads, std::max(kRowBlock * (kColumnBlock + kPartRows), kernels_.rows * padded_p_))) {
     plan();
   }
 
   void run() const {
-    int64_t tokens = 0, pieces = 0;
+    int64_t rows = 0, pieces = 0;
     for (const Range& wave : waves_) {
-      tokens = std::max(tokens, tokens_of(pieces_of(wave)));
+      rows = std::max(rows, rows_of(pieces_of(wave)));
       pieces = std::max(pieces, pieces_of(wave).size());
     }
-    const Buffer columns(tokens * padded_in_);
+    const Buffer columns(rows * padded_in_);
     const Buffer half(pieces * half_size_);
 #pragma omp parallel num_threads(threads_)
     for (const Range& wave : waves_) {
@@ -248,7 +244,11 @@ class ScaledProjection : Projection {
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t i = run.begin; i < run.end; ++i) {
         for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
-          pack_columns(pieces_[i], column, columns.at(columns_of(i, run)));
+          const auto& [example, begin, tokens, first] = pieces_[i];
+          kernels_.pack_b(x_.activations + begin * x_.in_features + column, x_.in_features, tokens,
+                          std::min(kColumnBlock, x_.in_features - column),
+                          columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1)),
+                          kernels_.columns * (tokens + 1));
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -278,7 +278,7 @@ class ScaledProjection : Projection {
         const int64_t index = pieces_.size(), part = parts_.size();
         pieces_.push_back({example, begin, std::min(kPieceTokens, end - begin), begin == start});
         if (!parts_.empty() && begin == start && parts_.back().size() < kPartPieces &&
-            tokens_of({parts_.back().begin, index + 1}) <= kPieceTokens) {
+            rows_of({parts_.back().begin, index + 1}) <= kPartRows) {
           ++parts_.back().end;
           continue;
         }
@@ -294,85 +294,64 @@ class ScaledProjection : Projection {
 
   Range pieces_of(const Range& wave) const { return {parts_[wave.begin].begin, parts_[wave.end - 1].end}; }
 
-  int64_t tokens_of(const Range& run) const {
-    return pieces_[run.end - 1].begin + pieces_[run.end - 1].tokens - pieces_[run.begin].begin;
-  }
-
-  // Where a piece's packed X begins.
-  int64_t columns_of(int64_t piece, const Range& run) const {
-    return (pieces_[piece].begin - pieces_[run.begin].begin) * padded_in_;
-  }
-
-  // A block of columns of X, as panels.
-  void pack_columns(const Piece& piece, int64_t column, float* panels) const {
-    const int64_t end = std::min(x_.in_features, column + kColumnBlock);
-    for (int64_t i = column; i < end; i += kernels_.columns) {
-      kernels_.pack_b(x_.activations + piece.begin * x_.in_features + i, x_.in_features, piece.tokens,
-                      std::min(kernels_.columns, end - i), panels + i * piece.tokens);
-    }
+  // Packed Δ and X have one spare row after each piece: panels of a power of two would all fall on the same
+  // cache sets.
+  int64_t row_of(int64_t piece) const { return pieces_[piece].begin + piece; }
+  int64_t rows_of(const Range& run) const {
+    return row_of(run.end - 1) + pieces_[run.end - 1].tokens + 1 - row_of(run.begin);
   }
 
   // Rows [row, row + kRowBlock) of H for every piece of a part.
   void contract_rows(const Range& part, int64_t row, const Range& run, const Buffer& columns,
                      const Buffer& half, float* scratch) const {
-    const int64_t rows = std::min(kRowBlock, x_.out_features - row), first_token = pieces_[part.begin].begin;
+    const int64_t rows = std::min(kRowBlock, x_.out_features - row);
     float* const block = scratch;
     float* const deltas = scratch + kRowBlock * kColumnBlock;
     for (int64_t i = part.begin; i < part.end; ++i) {
       const auto& [example, begin, tokens, first] = pieces_[i];
-      for (int64_t o = 0; o < rows; o += kernels_.rows) {
-        kernels_.pack_a(x_.output_grads + begin * x_.out_features + row + o, x_.out_features, tokens,
-                        std::min(kernels_.rows, rows - o),
-                        deltas + (begin - first_token) * kRowBlock + o * tokens);
-      }
+      kernels_.pack_a(x_.output_grads + begin * x_.out_features + row, x_.out_features, tokens, rows,
+                      deltas + (row_of(i) - row_of(part.begin)) * kRowBlock, kernels_.rows * (tokens + 1));
     }
     for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
       const int64_t width = std::min(kColumnBlock, x_.in_features - column);
       const float* scale = x_.scale + row * x_.in_features + column;
       for (int64_t i = part.begin; i < part.end; ++i) {
         const int64_t tokens = pieces_[i].tokens;
-        const float* a = deltas + (pieces_[i].begin - first_token) * kRowBlock;
-        const float* b = columns.at(columns_of(i, run) + column * tokens);
+        const float* deltas_of_piece = deltas + (row_of(i) - row_of(part.begin)) * kRowBlock;
+        const float* columns_of_piece =
+            columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1));
         for (int64_t t = 0; t < tokens; t += kDepth) {
-          const int64_t depth = std::min(kDepth, tokens - t);
-          kernels_.multiply({rows,
-                             width,
-                             depth,
-                             {a + t * kernels_.rows, kernels_.rows * tokens, 1, kernels_.rows},
-                             {b + t * kernels_.columns, kernels_.columns * tokens},
-                             {block, kernels_.columns, kColumnBlock},
-                             t > 0,
-                             {t + depth == tokens ? scale : nullptr, x_.in_features}});
+          const int64_t k = std::min(kDepth, tokens - t);
+          const Product::A a = {deltas_of_piece + t * kernels_.rows, kernels_.rows * (tokens + 1), 1,
+                                kernels_.rows};
+          const Product::B b = {columns_of_piece + t * kernels_.columns, kernels_.columns * (tokens + 1)};
+          const Product::C c = {block, kernels_.columns, kColumnBlock};
+          const Product::Scale s = {t + k == tokens ? scale : nullptr, x_.in_features};
+          kernels_.multiply({rows, width, k, a, b, c, t > 0, s});
         }
-        kernels_.multiply({rows,
-                           x_.rank * padded_p_,
-                           width,
-                           {block, kernels_.rows * kColumnBlock, kColumnBlock, 1},
-                           {right_.at(column * kernels_.columns), kernels_.columns * x_.in_features},
-                           {half.at((i - run.begin) * half_size_ + row * kernels_.columns),
-                            kernels_.columns * padded_out_, kernels_.columns},
-                           column > 0,
-                           {}});
+        const Product::A a = {block, kernels_.rows * kColumnBlock, kColumnBlock, 1};
+        const Product::B b = {right_.at(column * kernels_.columns), kernels_.columns * x_.in_features};
+        const Product::C c = {half.at((i - run.begin) * half_size_ + row * kernels_.columns),
+                              kernels_.columns * padded_out_, kernels_.columns};
+        kernels_.multiply({rows, x_.rank * padded_p_, width, a, b, c, column > 0, {}});
       }
     }
   }
 
   // Rows [row, row + kernels_.rows) of an example's result, from its H.
   void finish(const Piece& piece, int64_t row, const float* half, float* strip) const {
+    const Product::C c = {strip, kernels_.columns, padded_p_};
     for (int64_t r = 0; r < x_.rank; ++r) {
+      const float* left = left_.at((r * padded_q_ + row) * x_.out_features);
       for (int64_t o = 0; o < x_.out_features; o += kDepth) {
-        kernels_.multiply(
-            {kernels_.rows,
-             padded_p_,
-             std::min(kDepth, x_.out_features - o),
-             {left_.at((r * padded_q_ + row) * x_.out_features + o * kernels_.rows), 0, 1, kernels_.rows},
-             {half + r * padded_p_ * padded_out_ + o * kernels_.columns, kernels_.columns * padded_out_},
-             {strip, kernels_.columns, padded_p_},
-             r > 0 || o > 0,
-             {}});
+        const Product::A a = {left + o * kernels_.rows, 0, 1, kernels_.rows};
+        const Product::B b = {half + r * padded_p_ * padded_out_ + o * kernels_.columns,
+                              kernels_.columns * padded_out_};
+        const int64_t k = std::min(kDepth, x_.out_features - o);
+        kernels_.multiply({kernels_.rows, padded_p_, k, a, b, c, r > 0 || o > 0, {}});
       }
     }
-    write(piece.example, row, strip, padded_p_, !piece.first);
+    write(piece.example, row, strip, !piece.first);
   }
 
   const int64_t padded_in_ = round_up(x_.in_features, kernels_.columns);

@@ -15,26 +15,26 @@ struct Product {
   ptrdiff_t m, n, k;
 
   // A[i, t] at at[i / rows * panel + i % rows * row + t * column].
-  struct {
+  struct A {
     const float* at;
     ptrdiff_t panel, row, column;
   } a;
 
   // B[t, j] at at[j / columns * panel + t * columns + j % columns].
-  struct {
+  struct B {
     const float* at;
     ptrdiff_t panel;
   } b;
 
   // C[i, j] at at[j / columns * panel + i * row + j % columns].
-  struct {
+  struct C {
     float* at;
     ptrdiff_t panel, row;
   } c;
   bool accumulate;
 
   // scale[i, j] at at[i * row + j], read inside (m, n) only; or at is null.
-  struct {
+  struct Scale {
     const float* at;
     ptrdiff_t row;
   } scale;
@@ -45,10 +45,12 @@ struct GradientKernels {
 
   void (*multiply)(const Product& product);
 
-  // Copies `width` columns of a row-major matrix of `depth` rows into one panel of A (width ≤ rows) or B
-  // (width ≤ columns), with zeros after the last: panel[t * rows + i] or panel[t * columns + j].
-  void (*pack_a)(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panel);
-  void (*pack_b)(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panel);
+  // Copies `width` columns of a row-major matrix of `depth` rows into panels of A, column i to
+  // panels[i / rows * panel + t * rows + i % rows], or of B likewise; the last panel is filled up with zeros.
+  void (*pack_a)(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
+                 ptrdiff_t panel);
+  void (*pack_b)(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
+                 ptrdiff_t panel);
 };
 
 namespace baseline {
