@@ -1,8 +1,8 @@
 """score_topk and mixed_topk against torch.mm: python -m benchmarks.scoring [--threads N] [--rows N].
 
 Results are checked before anything is timed. All contenders take turns in one process; a ratio is the median
-of its rounds' ratios, so that a busy machine disturbs both sides alike. On one thread the clock is the thread's
-own CPU time, which leaves other processes' turns out.
+of its rounds' ratios, so that a busy machine disturbs both sides alike. On one thread the clock is the
+thread's own CPU time, which leaves other processes' turns out.
 """
 
 import argparse
