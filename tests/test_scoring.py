@@ -325,6 +325,15 @@ def test_mixed_shards_merge(largest, mixing, Q):
         assert torch.equal(indices, whole[1]) and torch.equal(scores, whole[0])
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("Q", [3, 140])
+def test_mixed_with_large_blocks(n, Q):
+    """Blocks large enough for the linear algebra underneath to use its threads."""
+    queries, rows = randn(Q, 3, 150), randn(60, 3, 150, seed=1)
+    with threads(n):
+        check_mixed(queries, rows, 0.9)
+
+
 @pytest.mark.parametrize("k", [1, 40, 70])
 @pytest.mark.parametrize("largest", [True, False])
 def test_rows_that_need_float64(k, largest, monkeypatch):

@@ -347,7 +347,8 @@ void select(size_t N, const TopK& top, int threads, MakeScan make_scan) {
     scans[thread_index()]->run(row, std::min(kTileRows, N - row));
   }
 
-#pragma omp parallel for num_threads(threads)
+  const int mergers = static_cast<int>(std::min<size_t>(threads, top.Q));
+#pragma omp parallel for num_threads(mergers)
   for (ptrdiff_t q = 0; q < static_cast<ptrdiff_t>(top.Q); ++q) {
     auto& best = merged[thread_index()];
     best.clear();

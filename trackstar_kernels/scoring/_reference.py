@@ -33,8 +33,10 @@ def mixed_topk(
     Q, _, d = queries.shape
     x, y = queries.transpose(0, 1), rows.transpose(0, 1)  # (L, Q, d), (L, N, d)
     hessian = mixing * x.mT @ x / Q + (1 - mixing) * torch.eye(d, dtype=x.dtype, device=x.device)
-    solved_x = torch.linalg.solve(hessian, x.mT).mT
-    solved_y = torch.linalg.solve(hessian, y.mT).mT
+    # Not torch.linalg.solve: on several threads, torch 2.13's fails for batches of large matrices.
+    cholesky = torch.linalg.cholesky(hessian)
+    solved_x = torch.cholesky_solve(x.mT, cholesky).mT
+    solved_y = torch.cholesky_solve(y.mT, cholesky).mT
     numerator = torch.einsum("lqd,lnd->qn", solved_x, y)
     x_norms = (solved_x * x).sum((0, 2)).sqrt()
     y_norms = (solved_y * y).sum((0, 2)).sqrt()
