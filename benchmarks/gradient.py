@@ -8,37 +8,40 @@ it is timed. Rounds are interleaved, and ratios are medians over rounds.
 """
 
 import argparse
-import time
-from collections.abc import Callable
-from itertools import pairwise
 from statistics import median
 
 import torch
 
+from benchmarks.timing import ceilings, interleaved, ratio, save
 from trackstar_kernels import _C, project_gradients
 
 BATCH = 8
 SHAPES = [(768, 768), (2048, 768), (768, 2048), (576, 1536), (192, 576)]  # O, I
 TOKENS = [16, 128, 512]
 SKETCHES = [16, 64]
-SECONDS = 2.0  # of rounds, for each line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark project_gradients on the CPU.")
     parser.add_argument("--threads", type=int, default=1)
-    torch.set_num_threads(parser.parse_args().threads)
-    print(f"torch {torch.__version__}, {_C.isa()}, {torch.get_num_threads()} thread(s), B = {BATCH}, p = q")
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    limits = ", ".join(f"{value:.0f} {name}" for name, value in ceilings().items())
+    print(f"{_C.isa()}, {torch.get_num_threads()} thread(s), {limits}; B = {BATCH}, p = q")
     print("                      time / time of bmm        GFLOP/s")
     print("       O×I    T   p    exact   torch  no scale    exact")
-    for out_features, in_features in SHAPES:
-        for tokens in TOKENS:
-            for sketch in SKETCHES:
-                measure(out_features, in_features, tokens, sketch)
+    cases = [
+        measure(*shape, tokens, sketch, arguments.rounds)
+        for shape in SHAPES
+        for tokens in TOKENS
+        for sketch in SKETCHES
+    ]
+    print(f"written: {save('gradient', cases)}")
 
 
-def measure(out_features: int, in_features: int, tokens: int, sketch: int) -> None:
-    """Check one shape, time it and print its line."""
+def measure(out_features, in_features, tokens, sketch, rounds) -> dict[str, object]:
+    """Check one shape, time it, print its line and return it."""
     activations = torch.randn(BATCH, tokens, in_features)
     output_grads = torch.randn(BATCH, tokens, out_features)
     left = torch.randn(sketch, out_features)
@@ -64,33 +67,20 @@ def measure(out_features: int, in_features: int, tokens: int, sketch: int) -> No
     check("torch", obvious(), truth)
     check("no scale", unscaled(), project_gradients(*doubles, backend="reference"))
 
-    baseline, *others = rounds([bmm, exact, obvious, unscaled])
-    ratios = [median(a / b for a, b in zip(times, baseline, strict=True)) for times in others]
+    seconds = interleaved({"bmm": bmm, "exact": exact, "torch": obvious, "no scale": unscaled}, rounds)
+    ratios = {name: ratio(seconds[name], seconds["bmm"]) for name in ("exact", "torch", "no scale")}
     flops = 2 * BATCH * out_features * (in_features * (tokens + sketch) + sketch * sketch)
+    speed = flops / median(seconds["exact"]) / 1e9
     shape = f"{out_features}×{in_features}"
-    print(
-        f"{shape:>10} {tokens:>4} {sketch:>3} {ratios[0]:>8.2f} {ratios[1]:>7.2f} {ratios[2]:>9.2f}", end=""
-    )
-    print(f" {flops / median(others[0]) / 1e9:>8.0f}", flush=True)
+    columns = f"{ratios['exact']:>8.2f} {ratios['torch']:>7.2f} {ratios['no scale']:>9.2f} {speed:>8.0f}"
+    print(f"{shape:>10} {tokens:>4} {sketch:>3} {columns}", flush=True)
+    return {"O×I": shape, "T": tokens, "p": sketch, "of bmm": ratios, "GFLOP/s": speed}
 
 
 def check(name: str, got: torch.Tensor, truth: torch.Tensor) -> None:
     error = ((got - truth).norm() / truth.norm()).item()
     if not error < 1e-5:
         raise SystemExit(f"{name} is wrong: relative error {error:.1e}")
-
-
-def rounds(functions: list[Callable[[], object]]) -> list[list[float]]:
-    """Seconds of each function in every round; the first round warms up and is left out."""
-    times: list[list[float]] = []
-    end = time.perf_counter() + SECONDS
-    while len(times) < 6 or time.perf_counter() < end:
-        stamps = [time.perf_counter()]
-        for function in functions:
-            function()
-            stamps.append(time.perf_counter())
-        times.append([after - before for before, after in pairwise(stamps)])
-    return [list(column) for column in zip(*times[1:], strict=True)]
 
 
 if __name__ == "__main__":

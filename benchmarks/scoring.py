@@ -1,18 +1,17 @@
 """score_topk and mixed_topk against torch.mm: python -m benchmarks.scoring [--threads N] [--rows N].
 
 Results are checked before anything is timed. All contenders take turns in one process; a ratio is the median
-of its rounds' ratios, so that a busy machine disturbs both sides alike. On one thread the clock is the
-thread's own CPU time, which leaves other processes' turns out.
+of its rounds' ratios, so that a busy machine disturbs both sides alike.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 
 import trackstar_kernels as tk
+from benchmarks.timing import ceilings, interleaved, ratio, save
 from trackstar_kernels import _C
 
 L, d = 16, 256
@@ -47,23 +46,6 @@ def products(queries: torch.Tensor, rows: torch.Tensor) -> dict[str, Callable[[]
     }
 
 
-def take_turns(calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict:
-    """Seconds of each call in each round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = clock()
-            call()
-            seconds[name].append(clock() - begin)
-    return seconds
-
-
-def ratio(seconds: list[float], to: list[float]) -> float:
-    return median(a / b for a, b in zip(seconds, to, strict=True))
-
-
 def check(queries: torch.Tensor, rows: torch.Tensor, k: int) -> None:
     """Raise unless score_topk finds what float64 finds, up to rounding."""
     exact = queries.double() @ rows.double().T
@@ -86,25 +68,6 @@ def check_mixed(queries: torch.Tensor, rows: torch.Tensor, norms: torch.Tensor) 
         raise SystemExit(f"mixed_topk is wrong for Q={len(queries)}")
 
 
-def ceilings(rows: torch.Tensor, rounds: int, clock: Callable[[], float]) -> str:
-    """The machine's own limits: its matrix product, and reading."""
-    n = 2048
-    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-    vector, result = torch.randn(rows.shape[1]), torch.empty(len(rows))
-    seconds = take_turns(
-        {
-            "sgemm": lambda: torch.mm(a, b, out=out),
-            "sum": rows.sum,
-            "mv": lambda: torch.mv(rows, vector, out=result),
-        },
-        rounds,
-        clock,
-    )
-    read = min(median(seconds["sum"]), median(seconds["mv"]))
-    sgemm = 2 * n**3 / median(seconds["sgemm"]) / 1e9
-    return f"sgemm {sgemm:.0f} GFLOP/s, read {rows.nbytes / read / 1e9:.1f} GB/s"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -113,13 +76,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    clock = time.thread_time if arguments.threads == 1 else time.perf_counter
     N, rounds = arguments.rows, arguments.rounds
 
+    limits = ", ".join(f"{value:.0f} {name}" for name, value in ceilings().items())
+    results = []
     blocks = torch.randn(N, L, d)
     rows, half, norms = blocks.flatten(1), blocks.half(), blocks.square().sum(2)
     half_rows = half.flatten(1)
-    print(f"{N} rows of {L * d}, {arguments.threads} thread(s), {_C.isa()}; {ceilings(rows, rounds, clock)}")
+    print(f"{N} rows of {L * d}, {arguments.threads} thread(s), {_C.isa()}; {limits}")
     print("\nscore_topk; ratio to the best form of torch.mm on float32 rows, without a top-k")
     print(f"{'Q':>4} {'k':>4} {'rows':>8} {'ms':>8} {'ratio':>6} {'GFLOP/s':>8} {'GB/s':>6}   best torch.mm")
     for Q in (1, 8, 32, 128):
@@ -130,13 +94,15 @@ def main() -> None:
         calls = {
             (k, r.dtype): lambda k=k, r=r, queries=queries: tk.score_topk(queries, r, k) for k, r in cases
         }
-        seconds = take_turns({**calls, **products(queries, rows)}, rounds, clock)
+        seconds = interleaved({**calls, **products(queries, rows)}, rounds)
         best = min(
             (name for name in seconds if isinstance(name, str)), key=lambda name: median(seconds[name])
         )
         for k, r in cases:
             mine = seconds[k, r.dtype]
             time_ = median(mine)
+            case = {"op": "score_topk", "Q": Q, "k": k, "rows": str(r.dtype), "seconds": time_}
+            results.append(case | {"baseline": best, "ratio": ratio(mine, seconds[best])})
             print(
                 f"{Q:>4} {k:>4} {str(r.dtype).removeprefix('torch.'):>8} {1e3 * time_:>8.1f}"
                 f" {ratio(mine, seconds[best]):>6.2f} {2e-9 * Q * r.numel() / time_:>8.0f}"
@@ -149,18 +115,21 @@ def main() -> None:
         queries = torch.randn(Q, L, d)
         check_mixed(queries, blocks, norms)
         for r in (blocks, half):
-            seconds = take_turns(
+            seconds = interleaved(
                 {
                     "plain": lambda q=queries, r=r: tk.score_topk(q, r, 10),
                     "mixed": lambda q=queries, r=r: tk.mixed_topk(q, r, norms, 10, 0.9),
                 },
                 rounds,
-                clock,
             )
+            case = {"op": "mixed_topk", "Q": Q, "k": 10, "rows": str(r.dtype), "baseline": "score_topk"}
+            times = {"seconds": median(seconds["mixed"]), "ratio": ratio(seconds["mixed"], seconds["plain"])}
+            results.append(case | times)
             print(
                 f"{Q:>4} {str(r.dtype).removeprefix('torch.'):>8} {1e3 * median(seconds['mixed']):>8.1f}"
                 f" {ratio(seconds['mixed'], seconds['plain']):>6.2f}"
             )
+    print(f"written: {save('scoring', results)}")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ from trackstar_kernels import _C
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round; a round runs each of them once, in the order given."""
+def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, after one that is not counted.
+
+    A round runs each candidate once, in the order given. On one thread the clock is the thread's own processor
+    time, which leaves out other processes' turns; with more it is the wall's.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(warmup + rounds):
+    for number in range(1 + rounds):
         for name, run in candidates.items():
-            began = time.perf_counter()
+            began = clock()
             run()
-            if number >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+            if number > 0:
+                seconds[name].append(clock() - began)
     return seconds
 
 

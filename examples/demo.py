@@ -1,6 +1,6 @@
 """Trace real answers of a real language model to the passages behind them. Run with ``make demo``.
 
-The first run fetches SmolLM2-135M and two corpora, encodes 1,260 passages into a store (some minutes) and
+The first run fetches SmolLM2-135M and two corpora, encodes 1,075 passages into a store (some minutes) and
 asks 12 questions of it; later runs only ask.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import trackstar
 import transformers
 from assets import CACHE, FACTBOOK, SMOLLM2, SPEECHES, AssetError, console, converted, unpacked
-from corpus import FACTS, QUERIES, Passage, factbook_passages, speech_passages
+from corpus import FACTBOOK_PASSAGES, FACTS, QUERIES, Passage, factbook_passages, sample, speech_passages
 from rich.table import Table
 
 OUTPUT = Path("demo-output") / "answers.jsonl"
@@ -66,7 +66,7 @@ def run() -> None:
     with watch.stage("load"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-        passages = factbook_passages(factbook) + speech_passages(speeches)
+        passages = sample(factbook_passages(factbook), FACTBOOK_PASSAGES) + speech_passages(speeches)
     store = finished_store(store_path(passages), model, tokenizer, passages, watch)
     with watch.stage("query"), console.status(f"Asking {len(QUERIES)} questions"):
         result = trackstar.attribute(store, model, QUERIES, tokenizer=tokenizer, k=SHOWN)

@@ -130,24 +130,40 @@ def test_factbook_passages_are_plain_and_short(tmp_path):
     from corpus import factbook_passages
 
     write_place(tmp_path, "no")
-    assert {passage["id"]: passage["text"] for passage in factbook_passages(tmp_path)} == {
-        "factbook/Norway/Capital": "Norway - Capital: name: Oslo; etymology: named for the os, a river mouth",
-        "factbook/Norway/Exchange rates": "Norway - Exchange rates: Currency: kroner (NOK) per US dollar",
-        "factbook/Norway/Languages": "Norway - Languages: Languages: Bokmal (official)",
-        "factbook/Norway/Location": "Norway - Location: mainland: Northern Europe, west of Sweden",
-        "factbook/Norway/Nationality": "Norway - Nationality: noun: Norwegian(s); adjective: Norwegian",
-    }
+    texts = {passage["id"]: passage["text"] for passage in factbook_passages(tmp_path)}
+    assert texts["factbook/Norway/Capital"] == (
+        "Norway - Capital: name: Oslo; time difference: UTC+1; etymology: named for the os, a river mouth"
+    )
+    assert (
+        texts["factbook/Norway/Exchange rates"]
+        == "Norway - Exchange rates: Currency: kroner (NOK) per US dollar"
+    )
+    assert (
+        texts["factbook/Norway/Nationality"]
+        == "Norway - Nationality: noun: Norwegian(s); adjective: Norwegian"
+    )
 
 
-def test_factbook_places_without_short_name_or_with_missing_fields(tmp_path):
+def test_factbook_places_without_a_name_are_left_out(tmp_path):
     from corpus import factbook_passages
 
     write_place(
         tmp_path, "a", {"Government": {"Country name": {"conventional long form": {"text": "Long Name"}}}}
     )
-    write_place(tmp_path, "b", {"Government": {"Capital": {"time difference": {"text": "no capital"}}}})
-    write_place(tmp_path, "c", {"Government": {"Country name": {}}})
+    write_place(tmp_path, "b", {"Government": {"Country name": {}}})
     assert {passage["id"].split("/")[1] for passage in factbook_passages(tmp_path)} == {"Long Name"}
+
+
+def test_a_sample_holds_every_fact_and_is_always_the_same():
+    from corpus import FACTS, sample
+
+    passages = [{"id": f"other/{i}", "text": ""} for i in range(50)]
+    passages[20:20] = [{"id": passage, "text": ""} for passage, _, _ in FACTS]
+    kept = sample(passages, 30)
+    assert len(kept) == 30
+    assert {passage for passage, _, _ in FACTS} <= {passage["id"] for passage in kept}
+    assert kept == [passage for passage in passages if passage in kept]
+    assert {p["id"] for p in sample(passages[::-1], 30)} == {p["id"] for p in kept}
 
 
 @pytest.mark.parametrize(
@@ -183,8 +199,8 @@ def test_speech_gives_one_sentence_of_its_second_half(tmp_path):
 
 
 def test_queries_follow_the_corpus():
-    from corpus import FACTBOOK_FIELDS, FACTS, QUERIES
+    from corpus import FACTS, QUERIES
 
     assert len(QUERIES) >= 8
     assert all(query["target"].startswith(" ") and query["target"].strip() for query in QUERIES)
-    assert {passage.split("/")[2] for passage, _, _ in FACTS} == set(FACTBOOK_FIELDS)
+    assert len({passage.split("/")[2] for passage, _, _ in FACTS}) == 5
