@@ -272,8 +272,8 @@ def test_the_plan_knows_the_disk(tmp_path, llama, correction):
     chosen = correction and SecondMoments.estimate(llama, examples[:8]).correction(correction)
     plans = []
 
-    def remember(*arguments):
-        plans.append(plan_build(*arguments))
+    def remember(*arguments, **options):
+        plans.append(plan_build(*arguments, **options))
         return plans[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -285,6 +285,39 @@ def test_the_plan_knows_the_disk(tmp_path, llama, correction):
     assert plan.store_bytes == pytest.approx(found, rel=0.05)
     with pytest.raises(OSError, match=r"the build needs .* of disk, .* are free"):
         dataclasses.replace(plan, store_bytes=1 << 60).require_disk()
+
+
+def test_the_plan_counts_what_is_left(tmp_path, llama, monkeypatch):
+    from trackstar import build
+
+    left = []
+
+    def remember(*arguments, written, pending):
+        left.append((written, pending))
+        return plan_build(*arguments, written=written, pending=pending)
+
+    def stop_at(name, call):
+        """Build until the ``call``-th use of a function of build.py, counted from 1."""
+        uses, wanted = [], getattr(build, name)
+
+        def stopping(*arguments):
+            uses.append(name)
+            if len(uses) == call:
+                raise KeyboardInterrupt
+            return wanted(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(build, name, stopping)
+            run()
+
+    def run():
+        trackstar.build_store(tmp_path, llama, make_examples(LENGTHS), spec=SPEC, shard_rows=4)
+
+    monkeypatch.setattr(build, "plan_build", remember)
+    stop_at("write_staged", 2)
+    stop_at("write_shard", 3)
+    run()
+    assert left == [(0, sum(LENGTHS)), (0, sum(LENGTHS[4:])), (8, 0)]
 
 
 def test_plan_and_progress_leave_standard_output_alone(tmp_path, llama, capsys):

@@ -81,6 +81,21 @@ class _Build:
         """``count`` examples in ranges of a shard each."""
         return [(start, min(start + self.shard_rows, count)) for start in range(0, count, self.shard_rows)]
 
+    def waiting(self) -> list[tuple[int, int, int]]:
+        """Chunks of the sample whose rows are not staged: (number, start, stop)."""
+        chunks = enumerate(self.chunks(self.sample))
+        return [(i, start, stop) for i, (start, stop) in chunks if not self.staged(i).is_dir()]
+
+    def pending_tokens(self, manifest: Manifest) -> int:
+        """Tokens that the model has yet to run over."""
+        pending = 0
+        if manifest.curvature is None:
+            indices = self.sample_indices()
+            pending += sum(len(self.examples[i]) for _, a, b in self.waiting() for i in indices[a:b])
+        if self.sampled:
+            pending += sum(len(example) for example in self.examples[manifest.committed :])
+        return pending
+
 
 def build_store(
     path: str | os.PathLike[str],
@@ -150,7 +165,17 @@ def build_store(
     with _exclusive(path):
         manifest = _open_or_create(build, identity, correction, resume)
         if not manifest.complete:
-            plan = plan_build(model, encoded, collector, correction, dtype, build.sample, path, manifest)
+            plan = plan_build(
+                model,
+                encoded,
+                collector,
+                correction,
+                dtype,
+                build.sample,
+                path,
+                written=manifest.committed,
+                pending=build.pending_tokens(manifest),
+            )
             console().print(str(plan), soft_wrap=True)
             plan.require_disk()
         if manifest.curvature is None:
@@ -220,16 +245,16 @@ def first_difference(kept: Any, wanted: Any, name: str = "") -> tuple[str, Any, 
 def _commit_curvature(build: _Build, manifest: Manifest) -> Manifest:
     """Collect the sample's rows, chunk by chunk, and commit R_train."""
     indices = build.sample_indices()
-    chunks = build.chunks(len(indices))
-    waiting = [(number, chunk) for number, chunk in enumerate(chunks) if not build.staged(number).is_dir()]
-    done = len(indices) - sum(stop - start for _, (start, stop) in waiting)
+    waiting = build.waiting()
+    done = len(indices) - sum(stop - start for _, start, stop in waiting)
     label = "sampling" if build.sampled else "collecting"
     with track(label, len(indices), done) as advance:
-        for number, (start, stop) in waiting:
+        for number, start, stop in waiting:
             examples = [build.examples[i] for i in indices[start:stop]]
             rows = rows_of(build.model, examples, build.collector, on_batch=advance)
             write_staged(build.staged(number), rows.numpy())
-    staged = (torch.from_numpy(read_staged(build.staged(number))) for number in range(len(chunks)))
+    numbers = range(len(build.chunks(build.sample)))
+    staged = (torch.from_numpy(read_staged(build.staged(number))) for number in numbers)
     curvature = estimate_curvature(staged, *build.collector.row_shape)
     manifest = replace(manifest, curvature=write_curvature(build.path, curvature))
     manifest.write(build.path)
@@ -241,7 +266,7 @@ def _commit_curvature(build: _Build, manifest: Manifest) -> Manifest:
 def _commit_shards(build: _Build, manifest: Manifest) -> Manifest:
     """Whiten, write and commit every shard that is not there yet."""
     total = len(build.examples)
-    done = manifest.shards[-1].stop if manifest.shards else 0
+    done = manifest.committed
     whitener = Store(build.path, manifest).curvature.whitener if done < total else None
     with track("writing", total, done) as advance:
         for number, (start, stop) in enumerate(build.chunks(total)):

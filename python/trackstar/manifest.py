@@ -57,9 +57,14 @@ class Manifest:
     shards: tuple[ShardRecord, ...] = ()
 
     @property
+    def committed(self) -> int:
+        """Examples in committed shards."""
+        return self.shards[-1].stop if self.shards else 0
+
+    @property
     def complete(self) -> bool:
         """Whether every example is in a committed shard."""
-        return bool(self.shards) and self.shards[-1].stop == self.total
+        return self.committed == self.total
 
     def files(self) -> dict[str, FileRecord]:
         """{path below the store: record} of every committed file."""

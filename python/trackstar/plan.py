@@ -13,7 +13,6 @@ from torch import nn
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
 from trackstar.examples import Encoded, length_batches
-from trackstar.manifest import Manifest
 from trackstar.modules import fan, select_modules
 from trackstar.passes import BATCH_TOKENS, has_loss, rows_of
 from trackstar.writing import shard_bytes
@@ -69,31 +68,41 @@ def plan_build(
     dtype: str,
     sample: int,
     path: Path,
-    manifest: Manifest | None = None,
+    *,
+    written: int = 0,
+    pending: int | None = None,
 ) -> Plan:
-    """Plan the rest of a build; runs one batch of middling length to see how fast the model is."""
+    """Plan a build, or the rest of one; runs one batch of middling length to see how fast the model is.
+
+    Args:
+        model: the model that is attributed.
+        examples: the whole corpus.
+        collector: what collects its rows.
+        correction: the collector's correction.
+        dtype: of the stored rows.
+        sample: examples that R_train is estimated from.
+        path: where the store goes.
+        written: examples whose rows are already in the store.
+        pending: tokens that the model has yet to run over; None for those of a build that has not begun.
+    """
     blocks, size = collector.row_shape
     count = len(examples)
-    done = manifest.shards[-1].stop if manifest is not None and manifest.shards else 0
-    sampled = sample < count
     staging = 4 * sample * blocks * size
     row_bytes = count * blocks * (size * getattr(torch, dtype).itemsize + 4)
     curvature = blocks * size * (12 * size + 8) + 8 * blocks
     store = shard_bytes(examples, row_bytes) + curvature + _correction_bytes(correction)
-    tokens = sum(len(example) for example in examples[done:])
-    if manifest is None or manifest.curvature is None:
-        tokens += sample * tokens // max(count - done, 1) if sampled else 0
-    elif not sampled:
-        tokens = 0
+    if pending is None:
+        tokens = sum(len(example) for example in examples)
+        pending = tokens + (tokens * sample // count if sample < count else 0)
     return Plan(
         path=path,
-        rows=count - done,
+        rows=count - written,
         row_shape=(blocks, size),
         store_bytes=store,
         staging_bytes=staging,
         written_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         memory_bytes=_memory(model, collector, correction),
-        seconds=tokens * _seconds_per_token(model, examples, collector) if tokens else 0.0,
+        seconds=pending * _seconds_per_token(model, examples, collector) if pending else 0.0,
     )
 
 

@@ -44,7 +44,7 @@ class Store:
 
     def __len__(self) -> int:
         """Rows committed so far."""
-        return self._manifest.shards[-1].stop if self._manifest.shards else 0
+        return self._manifest.committed
 
     def __repr__(self) -> str:
         blocks, size = self.row_shape
