@@ -37,11 +37,10 @@ void score_topk(const float* queries, const Rows& rows, const TopK& top, int thr
 
 // Cosines under another inner product. With y a row and t_b = factors_b · y_b of length r,
 //
-//     score(q, n) = Σ_b combine_q,b · t_b / √norm      norm = base · Σ_b squared_norms[n, b] + sign · Σ_b
-//     ‖t_b‖²
+//     score(q, n) = Σ_b combine_q,b · t_b / √norm, and 0 where the squared norms are 0
+//     norm        = base · Σ_b squared_norms[n, b] + sign · Σ_b ‖t_b‖²
 //
-// and 0 where the squared norms are 0.                  factors (L, r, d), combine (Q, L, r), squared_norms
-// (N, L)
+// with factors (L, r, d), combine (Q, L, r) and squared_norms (N, L).
 //
 // A row whose norm is less than `trusted` of its squared norms has lost it to rounding: it is left out of the
 // result and marked in doubtful (N). Only the first min(k, rows not marked) results of each query are filled.

@@ -4,26 +4,17 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/simd.h"
+
 namespace trackstar {
 namespace TRACKSTAR_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
 constexpr int kPanelRows = 12;  // two vectors of sums each: 24 of 32 registers
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-constexpr int kPanelRows = 6;  // 12 of 16 registers
 #else
-constexpr int kLanes = 4;
-constexpr int kPanelRows = 6;
+constexpr int kPanelRows = 6;  // 12 of 16 registers
 #endif
-
-using Vec = float __attribute__((vector_size(4 * kLanes)));
-using LooseVec = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // at any address
-
-inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
 #if defined(__AVX512F__)
 inline Vec load(const Half* p) {
