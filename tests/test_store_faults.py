@@ -21,7 +21,7 @@ import trackstar
 from conftest import files_below
 from killable import LENGTHS, SHARD_ROWS, SPEC, build_to_death, finish, start, tiny_build, tiny_model
 from trackstar import StoreError
-from trackstar.attribute import attribute, score_rows
+from trackstar.attribution import attribute, score_rows
 from trackstar.cli import main
 from trackstar.curvature import Curvature
 from trackstar.examples import Encoded
