@@ -125,11 +125,7 @@ def estimated_correction(
 ) -> trackstar.Correction:
     """The exact optimizer correction, from the gradients of a few passages spread over the corpus."""
     sample = passages[:: len(passages) // MOMENT_SAMPLE][:MOMENT_SAMPLE]
-    with console.status(f"Estimating second moments from {MOMENT_SAMPLE} passages"):
-        second = trackstar.SecondMoments.estimate(model, sample, tokenizer=tokenizer)
-        correction = second.correction("exact")
-    console.print(f"Estimated second moments from {MOMENT_SAMPLE} passages", highlight=False)
-    return correction
+    return trackstar.SecondMoments.estimate(model, sample, tokenizer=tokenizer).correction("exact")
 
 
 def report(asked: list[Fact], result: trackstar.Result, unmixed: trackstar.Result, watch: Stopwatch) -> None:
