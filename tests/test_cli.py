@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,16 +14,20 @@ from typer.testing import CliRunner
 WORDS = "the a capital currency of Kenya Peru Norway is Nairobi Lima Oslo krone sol shilling city in and .".split()
 
 
+def save_tokenizer(folder, words):
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved model with a word tokenizer, and a corpus of sentences."""
     root = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(root / "model")
-    make_llama(vocab_size=len(vocabulary)).save_pretrained(root / "model")
+    save_tokenizer(root / "model", WORDS)
+    make_llama(vocab_size=len(WORDS) + 1).save_pretrained(root / "model")
     facts = [
         f"the {what} of {place} is {name} ."
         for place, capital, currency in (
@@ -127,8 +132,6 @@ def test_info_and_verify(store, monkeypatch, capsys):
 
 
 def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
-    import shutil
-
     damaged = tmp_path / "store"
     shutil.copytree(store, damaged)
     file = next((damaged / "shards").glob("*/rows/data.ninja"))
@@ -143,6 +146,18 @@ def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
     assert code == 1
     assert err.count("\n") == 1
     assert "nothing is served from it" in err
+
+
+def test_another_tokenizer_is_refused(folder, store, monkeypatch, capsys, tmp_path):
+    """The same model with a tokenizer that numbers the words differently."""
+    other = tmp_path / "model"
+    shutil.copytree(folder / "model", other)
+    save_tokenizer(other, WORDS[::-1])
+    arguments = ("query", store, "--model", other, "--prompt", "the capital of Peru is", "--target", "Lima")
+    code, _, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert "tokenizer must be the one that" in err
+    assert err.count("\n") == 1
 
 
 def test_plan_writes_nothing(folder, monkeypatch, capsys, tmp_path):
