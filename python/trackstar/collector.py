@@ -86,13 +86,25 @@ class GradientCollector:
         Raises:
             RuntimeError: no forward and backward pass ran inside the block, or a captured module received no
                 gradient.
+            FloatingPointError: a row holds NaN or Inf; :meth:`not_finite` tells which.
         """
         if not self._passes:
             raise RuntimeError(
                 "no captured module ran inside the GradientCollector block: the forward pass belongs there too"
             )
         self._require_all_captured()
+        damage = self.not_finite()
+        if damage is not None:
+            raise FloatingPointError(f"the gradient of example {damage[0]} by {damage[1]!r} holds NaN or Inf")
         return torch.cat(self._passes)
+
+    def not_finite(self) -> tuple[int, str] | None:
+        """Position of the first example whose row holds NaN or Inf, and a module that it comes from; or None."""
+        damage = torch.cat(self._passes).isfinite().all(dim=2).logical_not().nonzero()
+        if len(damage) == 0:
+            return None
+        example, block = damage[0].tolist()
+        return example, next(name for name, b in self.block_of.items() if b == block)
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -141,7 +153,7 @@ class GradientCollector:
         if activations.dtype != output_grads.dtype or activations.dtype == torch.float64:
             activations, output_grads = activations.float(), output_grads.float()
         projected = project_gradients(
-            activations, output_grads, left, right, scale=scale, offsets=self.offsets
+            activations, output_grads, left, right, scale=scale, offsets=self.offsets, check_finite=False
         )
         rows[:, self.block_of[name]] += projected.flatten(1)
 

@@ -72,16 +72,13 @@ def rows_of(
             collector.offsets = batch.offsets
             with collector:
                 lean.run(batch, loss)
-            found = collector.rows.cpu()
-            damage = found.isfinite().all(dim=2).logical_not().nonzero()
-            if len(damage) > 0:
-                member, block = damage[0].tolist()
-                bad = examples[positions[member]]
-                name = next(name for name, b in collector.block_of.items() if b == block)
+            damage = collector.not_finite()
+            if damage is not None:
+                bad, name = examples[positions[damage[0]]], damage[1]
                 raise FloatingPointError(
                     f"the gradient of example {bad.id!r} by {name!r} holds NaN or Inf: {bad.text[:60]!r}"
                 )
-            rows[positions] = found
+            rows[positions] = collector.rows.cpu()
             on_batch(len(members))
     if len(counted) < len(examples):
         on_batch(len(examples) - len(counted))
