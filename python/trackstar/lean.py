@@ -10,6 +10,7 @@ whose results they would change runs without them.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
@@ -189,16 +190,21 @@ class LeanPass:
         """Gradient (n, H) of the loss by the head's inputs (n, H), a chunk of logits at a time."""
         head = self.model.get_output_embeddings()
         by_hidden = torch.empty_like(hidden)
-        scores = hidden.new_empty(min(CHUNK_TOKENS, len(hidden)), len(head.weight))
         with torch.no_grad():
             for part, answers, out in zip(
                 *(t.split(CHUNK_TOKENS) for t in (hidden, labels, by_hidden)), strict=True
             ):
-                logits = torch.mm(part, head.weight.T, out=scores[: len(part)])
+                logits = torch.mm(part, head.weight.T, out=self._scores[: len(part)])
                 if head.bias is not None:
                     logits += head.bias
                 torch.mm(loss(logits.float(), answers).to(hidden.dtype), head.weight, out=out)
         return by_hidden
+
+    @functools.cached_property
+    def _scores(self) -> torch.Tensor:
+        """Room for a chunk's logits, the same for every batch."""
+        weight = self.model.get_output_embeddings().weight
+        return torch.empty(CHUNK_TOKENS, len(weight), dtype=weight.dtype, device=weight.device)
 
     def _find_decoder(self) -> nn.Module:
         """The part of the model that ends in the head's inputs.
