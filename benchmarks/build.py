@@ -14,13 +14,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import trackstar
 import transformers
 from rich.console import Console
 from rich.table import Table
-
-import trackstar
-from benchmarks.timing import machine, save
 from trackstar import build, collector, lean
+
+from benchmarks.timing import machine, save
 
 
 class Clock:
