@@ -244,10 +244,11 @@ class LeanPass:
             for start in (first, first.flip(1))
         )
         size, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
-        if (packed - alone).abs().max() > 1e4 * eps * size:
+        # Too strict costs a model of narrow weights some speed; too lax would cost it its results.
+        if (packed - alone).abs().max() > min(1e4 * eps, 0.03) * size:
             raise _Unsafe("examples packed in one row give other results than by themselves")
         # Sharper: a batch's shape may change the rounding, but the content of other examples may not.
-        if (packed - other)[:, 5:].abs().max() > 10 * eps * size:
+        if (packed - other)[:, 5:].abs().max() > min(10 * eps, 0.03) * size:
             raise _Unsafe("examples packed in one row see each other")
         windows = (getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         return min((window for window in windows if window is not None), default=2**62)
