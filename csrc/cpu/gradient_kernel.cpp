@@ -8,24 +8,24 @@ namespace {
 // A tile fills the register file: 12 or 24 accumulators, and room for a row of B and one element of A.
 #if defined(__AVX512F__)
 constexpr ptrdiff_t kRows = 24, kVectors = 1;
+#elif defined(__aarch64__)
+constexpr ptrdiff_t kRows = 8, kVectors = 3;
 #else
 constexpr ptrdiff_t kRows = 6, kVectors = 2;
 #endif
 constexpr ptrdiff_t kColumns = kVectors * kLanes;
 
-// One tile of C; a, b and c point at its own panels and corner, scale at a whole tile or nowhere. Panels of A
-// with a row stride of 1 have a version of their own: addresses that need no registers.
-template <bool kPacked>
-__attribute__((noinline)) void multiply_tile(const Product& product, const float* a, const float* b, float* c,
-                                             const float* scale, ptrdiff_t scale_row) {
-  const ptrdiff_t a_row = kPacked ? 1 : product.a.row, a_column = product.a.column, c_row = product.c.row;
-  if (scale) {  // its rows are far apart, which no hardware foresees
-    for (ptrdiff_t i = 0; i < kRows; ++i) __builtin_prefetch(scale + i * scale_row);
-  }
-  Vec sum[kRows][kVectors] = {};
-  for (ptrdiff_t t = 0; t < product.k; ++t, a += a_column, b += kColumns) {
+typedef Vec Tile[kRows][kVectors];
+
+inline void prefetch(const float* scale, ptrdiff_t row) {  // its rows are far apart, which no hardware foresees
+  for (ptrdiff_t i = 0; i < kRows; ++i) __builtin_prefetch(scale + i * row);
+}
+
+__attribute__((always_inline)) inline void sum_products(Tile& sum, const float* a, ptrdiff_t a_row,
+                                                        ptrdiff_t a_column, const float* b, ptrdiff_t k) {
+  for (ptrdiff_t t = 0; t < k; ++t, a += a_column, b += kColumns) {
     Vec row[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (ptrdiff_t v = 0; v < kVectors; ++v) {
       row[v] = load(b + v * kLanes);
       hold(row[v]);
@@ -33,13 +33,25 @@ __attribute__((noinline)) void multiply_tile(const Product& product, const float
 #pragma GCC unroll 24
     for (ptrdiff_t i = 0; i < kRows; ++i) {
       const Vec element = splat(a[i * a_row]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (ptrdiff_t v = 0; v < kVectors; ++v) sum[i][v] += element * row[v];
     }
   }
+}
+
+// One tile of C; a, b and c point at its own panels and corner, scale at a whole tile or nowhere. Panels of A
+// with a row stride of 1 have a version of their own: addresses that need no registers.
+template <bool kPacked>
+__attribute__((noinline)) void multiply_tile(const Product& product, const float* a, const float* b, float* c,
+                                             const float* scale, ptrdiff_t scale_row) {
+  const Tiles& tiles = product.tiles;
+  const ptrdiff_t c_row = product.c.row;
+  if (scale) prefetch(scale, scale_row);
+  Tile sum = {};
+  sum_products(sum, a, kPacked ? 1 : tiles.a.row, tiles.a.column, b, tiles.k);
 #pragma GCC unroll 24
   for (ptrdiff_t i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (ptrdiff_t v = 0; v < kVectors; ++v) {
       if (product.accumulate) sum[i][v] += load(c + i * c_row + v * kLanes);
       if (scale) sum[i][v] *= load(scale + i * scale_row + v * kLanes);
@@ -48,14 +60,36 @@ __attribute__((noinline)) void multiply_tile(const Product& product, const float
   }
 }
 
-void multiply(const Product& product) {
-  const auto& [m, n, k, a, b, c, accumulate, scale] = product;
-  const auto tile = a.row == 1 ? multiply_tile<true> : multiply_tile<false>;
+__attribute__((noinline)) void add_tile_to_buckets(const BucketSums& product, const float* a, const float* b,
+                                                   const Bucket* buckets, float* sums, const float* scale,
+                                                   ptrdiff_t scale_row) {
+  prefetch(scale, scale_row);
+  Tile sum = {};
+  sum_products(sum, a, 1, product.tiles.a.column, b, product.tiles.k);
+#pragma GCC unroll 24
+  for (ptrdiff_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+    for (ptrdiff_t v = 0; v < kVectors; ++v) sum[i][v] *= load(scale + i * scale_row + v * kLanes);
+  }
+  for (ptrdiff_t r = 0; r < product.rank; ++r, buckets += product.bucket_rank, sums += product.sums.rank) {
+#pragma GCC unroll 24
+    for (ptrdiff_t i = 0; i < kRows; ++i) {
+      float* to = sums + buckets[i].row * product.sums.row;
+      const Vec value = splat(buckets[i].value);
+#pragma GCC unroll 3
+      for (ptrdiff_t v = 0; v < kVectors; ++v) store(to + v * kLanes, load(to + v * kLanes) + value * sum[i][v]);
+    }
+  }
+}
+
+// Calls run(i, j, a, b, scale, scale_row) for every tile, with scale at a whole tile or nowhere.
+template <typename Run>
+inline void for_each_tile(const Tiles& tiles, const Scale& scale, const Run& run) {
+  const auto& [m, n, k, a, b] = tiles;
   for (ptrdiff_t j = 0; j < n; j += kColumns) {
     const float* b_tile = b.at + j / kColumns * b.panel;
     for (ptrdiff_t i = 0; i < m; i += kRows) {
       const float* a_tile = a.at + i / kRows * a.panel;
-      float* c_tile = c.at + j / kColumns * c.panel + i * c.row;
       const float* scale_tile = scale.at ? scale.at + i * scale.row + j : nullptr;
       if (scale_tile && (i + kRows > m || j + kColumns > n)) {
         float copy[kRows * kColumns] = {};
@@ -63,33 +97,74 @@ void multiply(const Product& product) {
           for (ptrdiff_t x = 0; x < kColumns && j + x < n; ++x)
             copy[y * kColumns + x] = scale_tile[y * scale.row + x];
         }
-        tile(product, a_tile, b_tile, c_tile, copy, kColumns);
+        run(i, j, a_tile, b_tile, copy, kColumns);
       } else {
-        tile(product, a_tile, b_tile, c_tile, scale_tile, scale.row);
+        run(i, j, a_tile, b_tile, scale_tile, scale.row);
       }
     }
   }
 }
 
+void multiply(const Product& product) {
+  const auto tile = product.tiles.a.row == 1 ? multiply_tile<true> : multiply_tile<false>;
+  for_each_tile(product.tiles, product.scale,
+                [&](ptrdiff_t i, ptrdiff_t j, const float* a, const float* b, const float* scale,
+                    ptrdiff_t scale_row) {
+                  const auto& c = product.c;
+                  tile(product, a, b, c.at + j / kColumns * c.panel + i * c.row, scale, scale_row);
+                });
+}
+
+void add_to_buckets(const BucketSums& product) {
+  for_each_tile(product.tiles, product.scale,
+                [&](ptrdiff_t i, ptrdiff_t j, const float* a, const float* b, const float* scale,
+                    ptrdiff_t scale_row) {
+                  add_tile_to_buckets(product, a, b, product.buckets + i, product.sums.at + j, scale,
+                                      scale_row);
+                });
+}
+
 template <ptrdiff_t kWidth>
-void pack(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
+inline void pack_row(const float* from, ptrdiff_t width, float* panels, ptrdiff_t panel, ptrdiff_t ahead) {
+  const ptrdiff_t whole = width / kWidth * kWidth;
+  for (ptrdiff_t j = 0; j < whole; j += kWidth, panels += panel) {
+    __builtin_prefetch(from + ahead + j);
+    __builtin_memcpy(panels, from + j, kWidth * sizeof(float));
+  }
+  if (whole == width) return;
+  for (ptrdiff_t i = 0; i < kWidth; ++i) panels[i] = whole + i < width ? from[whole + i] : 0.0f;
+}
+
+template <ptrdiff_t kWidth, typename T>
+void pack(const void* matrix, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
           ptrdiff_t panel) {
   constexpr ptrdiff_t kAhead = 8;
-  const ptrdiff_t whole = width / kWidth * kWidth;
+  const T* from = static_cast<const T*>(matrix);
   for (ptrdiff_t t = 0; t < depth; ++t, from += row, panels += kWidth) {
-    const ptrdiff_t ahead = t + kAhead < depth ? kAhead * row : 0;
-    float* to = panels;
-    for (ptrdiff_t j = 0; j < whole; j += kWidth, to += panel) {
-      __builtin_prefetch(from + ahead + j);
-      __builtin_memcpy(to, from + j, kWidth * sizeof(float));
+    if constexpr (sizeof(T) == sizeof(float)) {
+      pack_row<kWidth>(from, width, panels, panel, t + kAhead < depth ? kAhead * row : 0);
+    } else {
+      float wide[kMaxPackWidth];
+      widen(from, width, wide);
+      pack_row<kWidth>(wide, width, panels, panel, 0);
     }
-    if (whole == width) continue;
-    for (ptrdiff_t i = 0; i < kWidth; ++i) to[i] = whole + i < width ? from[whole + i] : 0.0f;
   }
+}
+
+template <typename T>
+constexpr Packing packing() {
+  return {pack<kRows, T>, pack<kColumns, T>,
+          [](const void* from, ptrdiff_t n, float* to) { widen(static_cast<const T*>(from), n, to); }};
 }
 
 }  // namespace
 
-const GradientKernels gradient_kernels = {kRows, kColumns, multiply, pack<kRows>, pack<kColumns>};
+const GradientKernels gradient_kernels = {
+    kRows,
+    kColumns,
+    multiply,
+    add_to_buckets,
+    {packing<float>(), packing<Bfloat16>(), packing<Half>()},
+};
 
 }  // namespace trackstar::TRACKSTAR_ISA

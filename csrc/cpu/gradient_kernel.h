@@ -2,16 +2,16 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 namespace trackstar {
 
-// C (+)= A · B, then optionally C *= scale, element by element. C is made of tiles of kernels.rows ×
-// kernels.columns, and m and n are rounded up to whole tiles.
+// The tiles of a product A · B, kernels.rows × kernels.columns each; m and n are rounded up to whole tiles.
 //
 // Every element of A · B is one chain of multiply-adds from zero over ascending k, so it depends on its row
 // of A and its column of B alone: not on its place in the tile, on m or on n. Long sums are cut by the
 // caller, which keeps the chains short and the rounding error with them.
-struct Product {
+struct Tiles {
   ptrdiff_t m, n, k;
 
   // A[i, t] at at[i / rows * panel + i % rows * row + t * column].
@@ -25,6 +25,17 @@ struct Product {
     const float* at;
     ptrdiff_t panel;
   } b;
+};
+
+// scale[i, j] at at[i * row + j], read inside (m, n) only; or at is null.
+struct Scale {
+  const float* at;
+  ptrdiff_t row;
+};
+
+// C (+)= A · B, then optionally C *= scale, element by element.
+struct Product {
+  Tiles tiles;
 
   // C[i, j] at at[j / columns * panel + i * row + j % columns].
   struct C {
@@ -32,25 +43,51 @@ struct Product {
     ptrdiff_t panel, row;
   } c;
   bool accumulate;
-
-  // scale[i, j] at at[i * row + j], read inside (m, n) only; or at is null.
-  struct Scale {
-    const float* at;
-    ptrdiff_t row;
-  } scale;
+  Scale scale;
 };
+
+// Which row of a CountSketch every row of A · B is added to, and with what factor.
+struct Bucket {
+  int32_t row;
+  float value;
+};
+
+// For every r, sums[r, bucket[r, i].row, j] += bucket[r, i].value · (A · B ∘ scale)[i, j], over ascending i. Rows
+// of A are contiguous in a panel (A.row = 1), scale is not null.
+struct BucketSums {
+  Tiles tiles;
+  Scale scale;
+  ptrdiff_t rank;
+  const Bucket* buckets;  // [r, i] at buckets[r * bucket_rank + i], defined up to whole tiles
+  ptrdiff_t bucket_rank;
+
+  // sums[r, q, j] at at[r * rank + q * row + j].
+  struct Sums {
+    float* at;
+    ptrdiff_t rank, row;
+  } sums;
+};
+
+// Reads row-major matrices of one of the types of Element (csrc/gradient.h), widening on the way.
+struct Packing {
+  // Copies `width` ≤ kMaxPackWidth columns of `depth` rows, `row` numbers apart, into panels of A, column i to
+  // panels[i / rows * panel + t * rows + i % rows], or of B likewise; the last panel is filled up with zeros.
+  using Pack = void(const void* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
+                    ptrdiff_t panel);
+  Pack *pack_a, *pack_b;
+
+  void (*widen)(const void* from, ptrdiff_t n, float* to);
+};
+
+constexpr ptrdiff_t kMaxPackWidth = 192;
 
 struct GradientKernels {
   ptrdiff_t rows, columns;  // of a tile
 
   void (*multiply)(const Product& product);
+  void (*add_to_buckets)(const BucketSums& sums);
 
-  // Copies `width` columns of a row-major matrix of `depth` rows into panels of A, column i to
-  // panels[i / rows * panel + t * rows + i % rows], or of B likewise; the last panel is filled up with zeros.
-  void (*pack_a)(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
-                 ptrdiff_t panel);
-  void (*pack_b)(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
-                 ptrdiff_t panel);
+  Packing packing[3];  // by Element
 };
 
 namespace baseline {
