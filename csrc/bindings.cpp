@@ -62,11 +62,11 @@ void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int
                           std::uintptr_t activations, std::uintptr_t output_grads, std::uintptr_t offsets,
                           std::uintptr_t left, std::uintptr_t right, std::uintptr_t scale, std::uintptr_t out,
                           int threads) {
-  project_gradients({batch, in_features, out_features, rank, q, p, element_of(element),
-                     at<const void>(activations), at<const void>(output_grads),
-                     at<const std::int64_t>(offsets), at<const float>(left), at<const float>(right),
-                     at<const float>(scale)},
-                    at<float>(out), threads);
+  project_gradients(
+      {batch, in_features, out_features, rank, q, p, element_of(element), at<const void>(activations),
+       at<const void>(output_grads), at<const std::int64_t>(offsets), at<const float>(left),
+       at<const float>(right), at<const float>(scale)},
+      at<float>(out), threads);
 }
 
 Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
@@ -107,9 +107,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("project_gradients", &project_gradients_at, py::arg("batch"), py::arg("in_features"),
         py::arg("out_features"), py::arg("rank"), py::arg("q"), py::arg("p"), py::arg("element"),
-        py::arg("activations"), py::arg("output_grads"), py::arg("offsets"), py::arg("left"), py::arg("right"), py::arg("scale"),
-        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-        "csrc/gradient.h; arrays as addresses.");
+        py::arg("activations"), py::arg("output_grads"), py::arg("offsets"), py::arg("left"),
+        py::arg("right"), py::arg("scale"), py::arg("out"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "csrc/gradient.h; arrays as addresses.");
   py::class_<Rows>(m, "Rows", "Stored rows, by address: see csrc/scoring.h.")
       .def(py::init(&rows_at), py::arg("values"), py::arg("type"), py::arg("stride"), py::arg("scales"),
            py::arg("N"), py::arg("L"), py::arg("d"));

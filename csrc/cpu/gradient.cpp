@@ -24,25 +24,23 @@ const GradientKernels& kernels_in_force() {
   }
 }
 
-// The one number of every column of left that is not zero, or nothing if a column has more of them.
-std::vector<Bucket> buckets_of(const GradientBatch& x) {
-  const int64_t padded = round_up(x.out_features, kRowBlock);
-  std::vector<Bucket> buckets(x.rank * padded);
-  for (int64_t r = 0; r < x.rank; ++r) {
-    for (int64_t q = 0; q < x.q; ++q) {
-      const float* row = x.left + (r * x.q + q) * x.out_features;
-      for (int64_t o = 0; o < x.out_features; ++o) {
-        if (row[o] == 0.0f) continue;
-        Bucket& bucket = buckets[r * padded + o];
+}  // namespace
+
+std::vector<Bucket> buckets_of(const float* sketches, int64_t rank, int64_t rows, int64_t columns,
+                               int64_t padded) {
+  std::vector<Bucket> buckets(rank * padded);
+  for (int64_t r = 0; r < rank; ++r) {
+    for (int64_t q = 0; q < rows; ++q, sketches += columns) {
+      for (int64_t i = 0; i < columns; ++i) {
+        if (sketches[i] == 0.0f) continue;
+        Bucket& bucket = buckets[r * padded + i];
         if (bucket.value != 0.0f) return {};
-        bucket = {static_cast<int32_t>(q), row[o]};
+        bucket = {static_cast<int32_t>(q), sketches[i]};
       }
     }
   }
   return buckets;
 }
-
-}  // namespace
 
 Projection::Projection(const GradientBatch& batch, float* out, int threads)
     : x_(batch),
@@ -99,7 +97,8 @@ void project_gradients(const GradientBatch& batch, float* out, int threads) {
   if (batch.rank == 0 || batch.in_features == 0 || batch.out_features == 0) return;  // an empty sum
   if (batch.q == 0 || batch.p == 0) return;
   if (!batch.scale) return project_folded(batch, out, threads);
-  const std::vector<Bucket> buckets = buckets_of(batch);
+  const std::vector<Bucket> buckets = buckets_of(batch.left, batch.rank, batch.q, batch.out_features,
+                                                 round_up(batch.out_features, kRowBlock));
   if (buckets.empty()) return project_dense(batch, out, threads);
   project_countsketch(batch, buckets, out, threads);
 }

@@ -78,13 +78,13 @@ class CountSketchProjection : ScaledProjection {
           const Tiles::A a = {rows_of_piece + t * kernels_.rows, kernels_.rows * (tokens + 1), 1,
                               kernels_.rows};
           const Tiles::B b = {columns_of_piece + t * kernels_.columns, kernels_.columns * (tokens + 1)};
-          kernels_.add_to_buckets({{m, n, std::min(kDepth, tokens - t), a, b},
-                                   {x_.scale + row * x_.in_features + column, x_.in_features},
-                                   x_.rank,
-                                   buckets_.data() + row,
-                                   padded_out_,
-                                   {sums.at((i - run.begin) * sums_size_ + column), padded_q_ * sums_row_,
-                                    sums_row_}});
+          kernels_.add_to_buckets(
+              {{m, n, std::min(kDepth, tokens - t), a, b},
+               {x_.scale + row * x_.in_features + column, x_.in_features},
+               x_.rank,
+               buckets_.data() + row,
+               padded_out_,
+               {sums.at((i - run.begin) * sums_size_ + column), padded_q_ * sums_row_, sums_row_}});
         }
       }
     }

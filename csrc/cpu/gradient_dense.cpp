@@ -72,7 +72,7 @@ class DenseProjection : ScaledProjection {
         for (int64_t t = 0; t < tokens; t += kDepth) {
           const int64_t k = std::min(kDepth, tokens - t);
           const Tiles::A a = {deltas_of_piece + t * kernels_.rows, kernels_.rows * (tokens + 1), 1,
-                                kernels_.rows};
+                              kernels_.rows};
           const Tiles::B b = {columns_of_piece + t * kernels_.columns, kernels_.columns * (tokens + 1)};
           const Product::C c = {block, kernels_.columns, kColumnBlock};
           const Scale s = {t + k == tokens ? scale : nullptr, x_.in_features};
@@ -95,7 +95,7 @@ class DenseProjection : ScaledProjection {
       for (int64_t o = 0; o < x_.out_features; o += kDepth) {
         const Tiles::A a = {left + o * kernels_.rows, 0, 1, kernels_.rows};
         const Tiles::B b = {half + r * padded_p_ * padded_out_ + o * kernels_.columns,
-                              kernels_.columns * padded_out_};
+                            kernels_.columns * padded_out_};
         const int64_t k = std::min(kDepth, x_.out_features - o);
         kernels_.multiply({{kernels_.rows, padded_p_, k, a, b}, c, r > 0 || o > 0, {}});
       }

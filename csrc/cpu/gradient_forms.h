@@ -21,13 +21,18 @@ constexpr int64_t kPieceTokens = 1024;
 constexpr int64_t kPartPieces = 8;
 constexpr int64_t kPartRows = kPieceTokens + kPartPieces;
 
+// The one number that is not zero of every column of CountSketches (rank, rows, columns), as (rank, padded); or
+// nothing, if a column has more of them.
+std::vector<Bucket> buckets_of(const float* sketches, int64_t rank, int64_t rows, int64_t columns,
+                               int64_t padded);
+
 // Without a scale.
 void project_folded(const GradientBatch& batch, float* out, int threads);
 
 // With a scale and any left sketch.
 void project_dense(const GradientBatch& batch, float* out, int threads);
 
-// With a scale and these buckets of each column of left, (rank, O rounded up to kRowBlock).
+// With a scale and left in buckets, (rank, O rounded up to kRowBlock).
 void project_countsketch(const GradientBatch& batch, const std::vector<Bucket>& buckets, float* out,
                          int threads);
 

@@ -1,5 +1,7 @@
 #include "cpu/gradient_kernel.h"
 
+#include <utility>
+
 #include "cpu/simd.h"
 
 namespace trackstar::TRACKSTAR_ISA {
@@ -17,7 +19,8 @@ constexpr ptrdiff_t kColumns = kVectors * kLanes;
 
 typedef Vec Tile[kRows][kVectors];
 
-inline void prefetch(const float* scale, ptrdiff_t row) {  // its rows are far apart, which no hardware foresees
+inline void prefetch(const float* scale,
+                     ptrdiff_t row) {  // its rows are far apart, which no hardware foresees
   for (ptrdiff_t i = 0; i < kRows; ++i) __builtin_prefetch(scale + i * row);
 }
 
@@ -77,7 +80,8 @@ __attribute__((noinline)) void add_tile_to_buckets(const BucketSums& product, co
       float* to = sums + buckets[i].row * product.sums.row;
       const Vec value = splat(buckets[i].value);
 #pragma GCC unroll 3
-      for (ptrdiff_t v = 0; v < kVectors; ++v) store(to + v * kLanes, load(to + v * kLanes) + value * sum[i][v]);
+      for (ptrdiff_t v = 0; v < kVectors; ++v)
+        store(to + v * kLanes, load(to + v * kLanes) + value * sum[i][v]);
     }
   }
 }
@@ -107,21 +111,20 @@ inline void for_each_tile(const Tiles& tiles, const Scale& scale, const Run& run
 
 void multiply(const Product& product) {
   const auto tile = product.tiles.a.row == 1 ? multiply_tile<true> : multiply_tile<false>;
-  for_each_tile(product.tiles, product.scale,
-                [&](ptrdiff_t i, ptrdiff_t j, const float* a, const float* b, const float* scale,
-                    ptrdiff_t scale_row) {
-                  const auto& c = product.c;
-                  tile(product, a, b, c.at + j / kColumns * c.panel + i * c.row, scale, scale_row);
-                });
+  for_each_tile(
+      product.tiles, product.scale,
+      [&](ptrdiff_t i, ptrdiff_t j, const float* a, const float* b, const float* scale, ptrdiff_t scale_row) {
+        const auto& c = product.c;
+        tile(product, a, b, c.at + j / kColumns * c.panel + i * c.row, scale, scale_row);
+      });
 }
 
 void add_to_buckets(const BucketSums& product) {
-  for_each_tile(product.tiles, product.scale,
-                [&](ptrdiff_t i, ptrdiff_t j, const float* a, const float* b, const float* scale,
-                    ptrdiff_t scale_row) {
-                  add_tile_to_buckets(product, a, b, product.buckets + i, product.sums.at + j, scale,
-                                      scale_row);
-                });
+  for_each_tile(
+      product.tiles, product.scale,
+      [&](ptrdiff_t i, ptrdiff_t j, const float* a, const float* b, const float* scale, ptrdiff_t scale_row) {
+        add_tile_to_buckets(product, a, b, product.buckets + i, product.sums.at + j, scale, scale_row);
+      });
 }
 
 template <ptrdiff_t kWidth>
@@ -151,20 +154,71 @@ void pack(const void* matrix, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, f
   }
 }
 
+// Swaps bit kBit of the row and the lane of every number.
+template <ptrdiff_t kBit, size_t... kLane>
+inline void swap_bit(Vec* rows, std::index_sequence<kLane...>) {
+  for (ptrdiff_t i = 0; i < kLanes; ++i) {
+    if (i & kBit) continue;
+    const Vec low = rows[i], high = rows[i | kBit];
+    rows[i] = __builtin_shufflevector(low, high, (kLane & kBit ? kLanes + (kLane ^ kBit) : kLane)...);
+    rows[i | kBit] = __builtin_shufflevector(low, high, (kLane & kBit ? kLanes + kLane : kLane ^ kBit)...);
+  }
+}
+
+inline void transpose(Vec* rows) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
+  swap_bit<1>(rows, lanes);
+  swap_bit<2>(rows, lanes);
+  if constexpr (kLanes > 4) swap_bit<4>(rows, lanes);
+  if constexpr (kLanes > 8) swap_bit<8>(rows, lanes);
+}
+
+// Rows of the matrix are the lanes, so that a bucket is a vector.
+template <typename T>
+void sketch(const BucketSketch& x) {
+  for (ptrdiff_t t = 0; t < x.depth; t += kLanes) {
+    const ptrdiff_t depth = t + kLanes < x.depth ? kLanes : x.depth - t;
+    __builtin_memset(x.scratch, 0, x.rank * x.rows * sizeof(Vec));
+    for (ptrdiff_t i = 0; i < x.width; i += kLanes) {
+      const ptrdiff_t width = i + kLanes < x.width ? kLanes : x.width - i;
+      Vec columns[kLanes];
+#pragma GCC unroll 16
+      for (ptrdiff_t lane = 0; lane < kLanes; ++lane) {
+        const T* from = static_cast<const T*>(x.from) + (t + (lane < depth ? lane : 0)) * x.row + i;
+        T tail[kLanes] = {};
+        if (width < kLanes) from = static_cast<T*>(__builtin_memcpy(tail, from, width * sizeof(T)));
+        columns[lane] = load(from);
+      }
+      transpose(columns);
+      for (ptrdiff_t r = 0; r < x.rank; ++r) {
+        const Bucket* buckets = x.buckets + r * x.bucket_rank + i;
+        float* sums = x.scratch + r * x.rows * kLanes;
+#pragma GCC unroll 16
+        for (ptrdiff_t lane = 0; lane < kLanes; ++lane) {
+          if (lane == width) break;
+          float* to = sums + buckets[lane].row * kLanes;
+          store(to, load(to) + splat(buckets[lane].value) * columns[lane]);
+        }
+      }
+    }
+    for (ptrdiff_t j = 0; j < x.rank * x.rows; ++j) {
+      float* to = x.c.at + j / kColumns * x.c.panel + t * x.c.row + j % kColumns;
+      for (ptrdiff_t lane = 0; lane < depth; ++lane) to[lane * x.c.row] = x.scratch[j * kLanes + lane];
+    }
+  }
+}
+
 template <typename T>
 constexpr Packing packing() {
   return {pack<kRows, T>, pack<kColumns, T>,
-          [](const void* from, ptrdiff_t n, float* to) { widen(static_cast<const T*>(from), n, to); }};
+          [](const void* from, ptrdiff_t n, float* to) { widen(static_cast<const T*>(from), n, to); },
+          sketch<T>};
 }
 
 }  // namespace
 
 const GradientKernels gradient_kernels = {
-    kRows,
-    kColumns,
-    multiply,
-    add_to_buckets,
-    {packing<float>(), packing<Bfloat16>(), packing<Half>()},
+    kRows, kColumns, multiply, add_to_buckets, {packing<float>(), packing<Bfloat16>(), packing<Half>()},
 };
 
 }  // namespace trackstar::TRACKSTAR_ISA

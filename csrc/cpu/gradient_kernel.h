@@ -68,6 +68,18 @@ struct BucketSums {
   } sums;
 };
 
+// C[t, r · rows + bucket[r, i].row] = Σ_i bucket[r, i].value · from[t, i], C laid out as in Product: rows of a
+// matrix sketched by buckets. Every sum is one chain of multiply-adds from zero over ascending i.
+struct BucketSketch {
+  const void* from;  // numbers of an Element
+  ptrdiff_t row, depth, width;
+  ptrdiff_t rank, rows;
+  const Bucket* buckets;
+  ptrdiff_t bucket_rank;
+  Product::C c;
+  float* scratch;  // rank · rows vectors: kMaxLanes numbers each
+};
+
 // Reads row-major matrices of one of the types of Element (csrc/gradient.h), widening on the way.
 struct Packing {
   // Copies `width` ≤ kMaxPackWidth columns of `depth` rows, `row` numbers apart, into panels of A, column i to
@@ -77,9 +89,11 @@ struct Packing {
   Pack *pack_a, *pack_b;
 
   void (*widen)(const void* from, ptrdiff_t n, float* to);
+  void (*sketch)(const BucketSketch& sketch);
 };
 
 constexpr ptrdiff_t kMaxPackWidth = 192;
+constexpr ptrdiff_t kMaxLanes = 16;
 
 struct GradientKernels {
   ptrdiff_t rows, columns;  // of a tile
