@@ -96,6 +96,7 @@ void project_gradients(const GradientBatch& batch, float* out, int threads) {
   std::fill_n(out, batch.batch * batch.q * batch.p, 0.0f);
   if (batch.rank == 0 || batch.in_features == 0 || batch.out_features == 0) return;  // an empty sum
   if (batch.q == 0 || batch.p == 0) return;
+  Scratch::of_this_thread().rewind();
   if (!batch.scale) return project_folded(batch, out, threads);
   const std::vector<Bucket> buckets = buckets_of(batch.left, batch.rank, batch.q, batch.out_features,
                                                  round_up(batch.out_features, kRowBlock));
