@@ -257,7 +257,10 @@ def test_a_gradient_that_is_not_finite_names_its_example(tmp_path, llama, monkey
         return forward(ids) * torch.where((ids == bad).all(dim=1), torch.inf, 1.0)[:, None, None]
 
     monkeypatch.setattr(llama.model.embed_tokens, "forward", overflowing)
-    with pytest.raises(FloatingPointError, match=r"example 'the bad one' holds NaN or Inf: 'overflow'"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"example 'the bad one' by 'model.layers.0.self_attn.q_proj' holds NaN or Inf: 'overflow'",
+    ):
         trackstar.build_store(tmp_path, llama, examples, spec=SPEC, shard_rows=2)
     monkeypatch.undo()
     monkeypatch.setattr("os.fsync", lambda handle: None)

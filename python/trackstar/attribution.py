@@ -14,7 +14,8 @@ from trackstar import fingerprint
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
 from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries
-from trackstar.losses import LOSSES
+from trackstar.lean import LeanPass
+from trackstar.losses import output_function
 from trackstar.passes import check_model, rows_of, vocabulary_size
 from trackstar.store import Store, StoreError
 from trackstar_kernels import encode_rows, mixed_topk
@@ -96,8 +97,7 @@ def query_rows(
         ValueError: a query does not fit the model, or ``output`` is unknown.
         FloatingPointError: a query's gradient is NaN or Inf.
     """
-    if output not in LOSSES:
-        raise ValueError(f"output must be one of {', '.join(LOSSES)}; got {output!r}")
+    loss = output_function(output)
     check_vocabulary(queries, vocabulary_size(model), "queries")
     check_model(model)
     built: Any = store.identity
@@ -114,7 +114,8 @@ def query_rows(
             f"tokenizer must be the one that {store.path} was built with; this one's vocabulary differs"
         )
     collector = GradientCollector(model, store.spec, store.correction)
-    return rows_of(model, queries, collector, loss=LOSSES[output])
+    lean = LeanPass(model, collector.modules.values())
+    return rows_of(lean, queries, collector, loss=loss)
 
 
 def score_rows(

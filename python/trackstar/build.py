@@ -23,6 +23,7 @@ from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
 from trackstar.curvature import DAMPING, estimate_curvature
 from trackstar.examples import Encoded, check_vocabulary, encode_examples
+from trackstar.lean import LeanPass
 from trackstar.manifest import Manifest, StoreError, make_folder
 from trackstar.passes import check_model, position_limit, rows_of, vocabulary_size
 from trackstar.plan import plan_build
@@ -55,7 +56,7 @@ class _Build:
     """What one call of :func:`build_store` works with."""
 
     path: Path
-    model: nn.Module
+    lean: LeanPass
     examples: Sequence[Encoded]
     collector: GradientCollector
     dtype: str
@@ -151,7 +152,8 @@ def build_store(
     blocks, size = collector.row_shape
     if shard_rows is None:
         shard_rows = min(max(SHARD_BYTES // (4 * blocks * size), 16), 4096)
-    build = _Build(path, model, encoded, collector, dtype, min(sample, len(encoded)), shard_rows)
+    lean = LeanPass(model, collector.modules.values())
+    build = _Build(path, lean, encoded, collector, dtype, min(sample, len(encoded)), shard_rows)
     identity = {
         "spec": spec.as_dict(),
         "dtype": dtype,
@@ -166,7 +168,7 @@ def build_store(
         manifest = _open_or_create(build, identity, correction, resume)
         if not manifest.complete:
             plan = plan_build(
-                model,
+                lean,
                 encoded,
                 collector,
                 correction,
@@ -177,6 +179,8 @@ def build_store(
                 pending=build.pending_tokens(manifest),
             )
             console().print(str(plan), soft_wrap=True)
+            for reason in lean.skipped:
+                console().print(f"slower than it could be: {reason}", soft_wrap=True)
             plan.require_disk()
         if manifest.curvature is None:
             manifest = _commit_curvature(build, manifest)
@@ -251,7 +255,7 @@ def _commit_curvature(build: _Build, manifest: Manifest) -> Manifest:
     with track(label, len(indices), done) as advance:
         for number, start, stop in waiting:
             examples = [build.examples[i] for i in indices[start:stop]]
-            rows = rows_of(build.model, examples, build.collector, on_batch=advance)
+            rows = rows_of(build.lean, examples, build.collector, on_batch=advance)
             write_staged(build.staged(number), rows.numpy())
     numbers = range(len(build.chunks(build.sample)))
     staged = (torch.from_numpy(read_staged(build.staged(number))) for number in numbers)
@@ -286,4 +290,4 @@ def _rows(build: _Build, number: int, start: int, stop: int, advance: Callable[[
     if not build.sampled and build.staged(number).is_dir():
         advance(stop - start)
         return torch.from_numpy(read_staged(build.staged(number)))
-    return rows_of(build.model, build.examples[start:stop], build.collector, on_batch=advance)
+    return rows_of(build.lean, build.examples[start:stop], build.collector, on_batch=advance)

@@ -169,6 +169,7 @@ def plan(
     """Say what a build would need, without building: rows, disk, memory, time."""
     from trackstar.collector import GradientCollector
     from trackstar.examples import encode_examples
+    from trackstar.lean import LeanPass
     from trackstar.passes import position_limit
     from trackstar.plan import plan_build
 
@@ -178,7 +179,8 @@ def plan(
     encoded = encode_examples(examples, tokenizer, position_limit(network))
     chosen = _correction(network, tokenizer, examples[:1], None, correction, rank, 1)
     collector = GradientCollector(network, spec, chosen)
-    needs = plan_build(network, encoded, collector, chosen, dtype.value, min(sample, len(encoded)), out)
+    lean = LeanPass(network, collector.modules.values())
+    needs = plan_build(lean, encoded, collector, chosen, dtype.value, min(sample, len(encoded)), out)
     typer.echo(f"{needs}")
 
 

@@ -144,19 +144,23 @@ def check_vocabulary(encoded: Sequence[Encoded], vocabulary: int, name: str) -> 
             )
 
 
-def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Positions in batches of similar length: each holds at most ``budget`` padded tokens (or one example).
+def length_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:
+    """Positions in batches of similar length: each holds at most ``budget`` tokens (or one example).
 
-    A function of the lengths alone: shortest first, ties in order.
+    A function of the lengths alone: shortest first, ties in order. ``padded`` counts an example as long as the
+    longest of its batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batches: list[list[int]] = []
+    tokens = 0
     for i in order:
         # Sorted by length, so the newcomer sets the padded length of the batch.
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+        tokens = (len(batches[-1]) + 1) * lengths[i] if batches and padded else tokens + lengths[i]
+        if batches and tokens <= budget:
             batches[-1].append(i)
         else:
             batches.append([i])
+            tokens = lengths[i]
     return batches
 
 

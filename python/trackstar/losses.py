@@ -1,51 +1,45 @@
-"""Output functions of a causal language model: what a row is the gradient of."""
+"""Output functions of a causal language model: what a row is the gradient of.
+
+Each is written as its gradient by the logits, in closed form, so that a pass can go through the vocabulary a
+chunk of tokens at a time and keep no logits.
+"""
 
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
-
-from trackstar.examples import IGNORED
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _aligned(labels: torch.Tensor) -> torch.Tensor:
-    """Labels moved to the positions that predict them: the labels move, as the logits are far larger."""
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def _counted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (n, V) float32 and labels (n,) of the predictions that count."""
-    labels = _aligned(labels)
-    counted = labels != IGNORED
-    return logits[counted].float(), labels[counted]
+"""(logits (n, V) float32, labels (n,) int64) to the gradient (n, V) of the output function, summed over the n
+predictions, by the logits; overwrites the logits."""
 
 
 def nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the labels' negative log-probabilities, −Σ log p(label).
-
-    Args:
-        logits: (B, T, V), as a causal language model returns them; position t predicts label t + 1.
-        labels: (B, T) int64, −100 where the prediction does not count.
-    """
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), _aligned(labels).flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    """Of the labels' negative log-probabilities, Σ −log p(label)."""
+    gradient = torch.softmax(logits, dim=1, out=logits)
+    return gradient.scatter_add_(1, labels[:, None], -torch.ones_like(gradient[:, :1]))
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the log-odds against the labels, −Σ log(p / (1 − p)); arguments as in :func:`nll`."""
-    logits, labels = _counted(logits, labels)
-    own = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)
-    return (others - own).sum()
+    """Of the log-odds against the labels, Σ −log(p / (1 − p)) with p = p(label)."""
+    others = logits.scatter_(1, labels[:, None], -torch.inf)
+    gradient = torch.softmax(others, dim=1, out=others)
+    return gradient.scatter_(1, labels[:, None], -1.0)
 
 
 def logit(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the labels' negated logits; arguments as in :func:`nll`."""
-    logits, labels = _counted(logits, labels)
-    return -logits.gather(1, labels[:, None]).sum()
+    """Of the labels' negated logits, Σ −logit(label)."""
+    return logits.zero_().scatter_(1, labels[:, None], -1.0)
 
 
 LOSSES: dict[str, Loss] = {"loss": nll, "margin": margin, "logit": logit}
+
+
+def output_function(name: str) -> Loss:
+    """The output function of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"output must be one of {', '.join(LOSSES)}; got {name!r}")
+    return LOSSES[name]

@@ -1,6 +1,5 @@
-"""The engine's own pass of a causal language model over examples, forward and backward, and nothing else."""
+"""Rows of examples: what the engine runs a causal language model for."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,49 +8,16 @@ from torch import nn
 
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
-from trackstar.examples import IGNORED, Encoded, check_vocabulary, encode_examples, length_batches
-from trackstar.losses import Loss, nll
+from trackstar.examples import IGNORED, Encoded, check_vocabulary, encode_examples
+from trackstar.lean import LeanPass
+from trackstar.losses import Loss, nll, output_function
 from trackstar.spec import SketchSpec
 
-BATCH_TOKENS = 512
-"""Padded tokens in a batch: enough for the GEMMs to run at full speed, few enough for the logits to stay small."""
+BATCH_TOKENS = 1024
+"""Tokens in a batch: enough for the GEMMs to run at full speed, few enough for the activations to stay small."""
 
 WINDOW = 256
 """Examples that :func:`collect_rows` sorts by length, and yields, at a time."""
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no gradient of any weight, inside the block; both are put back after it."""
-    training = model.training
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model.train(training)
-
-
-def run_batch(model: nn.Module, batch: Sequence[Encoded], loss: Loss = nll) -> None:
-    """One forward and backward pass over a batch, padded on the right.
-
-    No attention mask is needed: a causal model never sees the padding that follows an example, and the
-    padding has no label.
-    """
-    device = next(model.parameters()).device
-    width = max(len(example) for example in batch)
-    tokens = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full((len(batch), width), IGNORED)
-    for i, example in enumerate(batch):
-        tokens[i, : len(example)] = torch.from_numpy(example.tokens)
-        labels[i, : len(example)] = torch.from_numpy(example.labels)
-    with torch.enable_grad():
-        logits = model(input_ids=tokens.to(device), use_cache=False).logits
-        loss(logits, labels.to(device)).backward()
 
 
 def has_loss(example: Encoded) -> bool:
@@ -81,7 +47,7 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def rows_of(
-    model: nn.Module,
+    lean: LeanPass,
     examples: Sequence[Encoded],
     collector: GradientCollector,
     *,
@@ -95,24 +61,25 @@ def rows_of(
     token, all masked) has a row of zeros.
 
     Raises:
-        FloatingPointError: an example's gradient is NaN or Inf.
+        FloatingPointError: an example's gradient is NaN or Inf; names the example and the first module.
     """
     counted = [i for i, example in enumerate(examples) if has_loss(example)]
     rows = torch.zeros(len(examples), *collector.row_shape)
-    with evaluating(model):
-        for batch in length_batches([len(examples[i]) for i in counted], BATCH_TOKENS):
-            positions = [counted[j] for j in batch]
+    with lean:
+        for members in lean.batches([len(examples[i]) for i in counted], BATCH_TOKENS):
+            positions = [counted[j] for j in members]
+            batch = lean.arrange([examples[i] for i in positions])
+            collector.offsets = batch.offsets
             with collector:
-                run_batch(model, [examples[i] for i in positions], loss)
-            found = collector.rows.cpu()
-            finite = found.flatten(1).isfinite().all(dim=1)
-            if not finite.all():
-                bad = examples[positions[int(finite.logical_not().nonzero()[0])]]
+                lean.run(batch, loss)
+            damage = collector.not_finite()
+            if damage is not None:
+                bad, name = examples[positions[damage[0]]], damage[1]
                 raise FloatingPointError(
-                    f"the gradient of example {bad.id!r} holds NaN or Inf: {bad.text[:60]!r}"
+                    f"the gradient of example {bad.id!r} by {name!r} holds NaN or Inf: {bad.text[:60]!r}"
                 )
-            rows[positions] = found
-            on_batch(len(batch))
+            rows[positions] = collector.rows.cpu()
+            on_batch(len(members))
     if len(counted) < len(examples):
         on_batch(len(examples) - len(counted))
     return rows
@@ -125,7 +92,7 @@ def collect_rows(
     tokenizer: Any = None,
     spec: SketchSpec | None = None,
     correction: Correction | None = None,
-    loss: Loss = nll,
+    output: str = "loss",
 ) -> Iterator[torch.Tensor]:
     """Projected, corrected gradients of a corpus, neither whitened nor written: what :func:`build_store` runs.
 
@@ -135,18 +102,22 @@ def collect_rows(
         tokenizer: the model's, for examples given as text.
         spec: what to capture; None is ``SketchSpec()``.
         correction: optimizer correction, or None.
-        loss: output function, by default the full-sequence negative log-likelihood, summed over tokens.
+        output: what a row is the gradient of, summed over the example's tokens: "loss" (the negative
+            log-likelihood), "margin" or "logit".
 
     Yields:
         (n, L, d) float32 on the CPU, in the order of the examples.
 
     Raises:
-        ValueError: there are no examples, one is malformed, or the model has weights that are not finite.
+        ValueError: there are no examples, one is malformed, ``output`` is unknown, or the model has weights that
+            are not finite.
         FloatingPointError: an example's gradient is NaN or Inf.
     """
+    loss = output_function(output)
     encoded = encode_examples(examples, tokenizer, position_limit(model))
     check_vocabulary(encoded, vocabulary_size(model), "examples")
     check_model(model)
     collector = GradientCollector(model, spec, correction)
+    lean = LeanPass(model, collector.modules.values())
     for start in range(0, len(encoded), WINDOW):
-        yield rows_of(model, encoded[start : start + WINDOW], collector, loss=loss)
+        yield rows_of(lean, encoded[start : start + WINDOW], collector, loss=loss)

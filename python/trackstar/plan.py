@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
-from trackstar.examples import Encoded, length_batches
+from trackstar.examples import Encoded
+from trackstar.lean import LeanPass
 from trackstar.modules import fan, select_modules
-from trackstar.passes import BATCH_TOKENS, has_loss, rows_of
+from trackstar.passes import BATCH_TOKENS, has_loss, rows_of, vocabulary_size
 from trackstar.writing import shard_bytes
 
 
@@ -61,7 +61,7 @@ class Plan:
 
 
 def plan_build(
-    model: nn.Module,
+    lean: LeanPass,
     examples: Sequence[Encoded],
     collector: GradientCollector,
     correction: Correction | None,
@@ -75,7 +75,7 @@ def plan_build(
     """Plan a build, or the rest of one; runs one batch of middling length to see how fast the model is.
 
     Args:
-        model: the model that is attributed.
+        lean: passes of the model that is attributed.
         examples: the whole corpus.
         collector: what collects its rows.
         correction: the collector's correction.
@@ -101,8 +101,8 @@ def plan_build(
         store_bytes=store,
         staging_bytes=staging,
         written_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        memory_bytes=_memory(model, collector, correction),
-        seconds=pending * _seconds_per_token(model, examples, collector) if pending else 0.0,
+        memory_bytes=_memory(lean, collector, correction),
+        seconds=pending * _seconds_per_token(lean, examples, collector) if pending else 0.0,
     )
 
 
@@ -113,27 +113,33 @@ def _correction_bytes(correction: Correction | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _memory(model: nn.Module, collector: GradientCollector, correction: Correction | None) -> int:
+def _memory(lean: LeanPass, collector: GradientCollector, correction: Correction | None) -> int:
     """Model + correction + a batch's activations and logits + a shard of rows, twice + R_train in its forms."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    features = sum(sum(fan(module)) for module in select_modules(model).values())
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
-    # Activations are kept once, gradients and the attention's own buffers about double them; the logits exist as
-    # such, as log-probabilities and as their gradient.
-    activations = BATCH_TOKENS * 4 * (2 * features + 3 * vocabulary)
+    weights = sum(p.numel() * p.element_size() for p in lean.model.parameters())
+    features = sum(sum(fan(module)) for module in select_modules(lean.model).values())
+    # Activations are kept once, gradients and the attention's own buffers about double them.
+    activations = BATCH_TOKENS * 4 * 2 * features
+    logits = lean.logit_tokens(BATCH_TOKENS) * 4 * vocabulary_size(lean.model)
     blocks, size = collector.row_shape
-    return weights + _correction_bytes(correction) + activations + 2 * (64 << 20) + 28 * blocks * size * size
+    return (
+        weights
+        + _correction_bytes(correction)
+        + activations
+        + logits
+        + 2 * (64 << 20)
+        + 28 * blocks * size * size
+    )
 
 
-def _seconds_per_token(model: nn.Module, examples: Sequence[Encoded], collector: GradientCollector) -> float:
+def _seconds_per_token(lean: LeanPass, examples: Sequence[Encoded], collector: GradientCollector) -> float:
     counted = sorted((example for example in examples if has_loss(example)), key=len)
     if not counted:
         return 0.0
     middle = counted[len(counted) // 2 :]
-    batch = [middle[i] for i in length_batches([len(example) for example in middle], BATCH_TOKENS // 2)[0]]
-    rows_of(model, batch[:1], collector)
+    batch = [middle[i] for i in lean.batches([len(example) for example in middle], BATCH_TOKENS)[0]]
+    rows_of(lean, batch[:1], collector)
     began = time.perf_counter()
-    rows_of(model, batch, collector)
+    rows_of(lean, batch, collector)
     return (time.perf_counter() - began) / sum(len(example) for example in batch)
 
 

@@ -10,18 +10,10 @@ import torch
 from torch import nn
 
 from trackstar.correction import Correction, fit_rank
-from trackstar.examples import check_vocabulary, encode_examples, length_batches
-from trackstar.losses import Loss, nll
+from trackstar.examples import check_vocabulary, encode_examples
+from trackstar.lean import LeanPass
 from trackstar.modules import is_conv1d, select_modules
-from trackstar.passes import (
-    BATCH_TOKENS,
-    check_model,
-    evaluating,
-    has_loss,
-    position_limit,
-    run_batch,
-    vocabulary_size,
-)
+from trackstar.passes import BATCH_TOKENS, check_model, has_loss, position_limit, vocabulary_size
 from trackstar.progress import track
 from trackstar.tap import GradientTap
 
@@ -98,7 +90,6 @@ class SecondMoments:
         *,
         tokenizer: Any = None,
         modules: Sequence[str] | None = None,
-        loss: Loss = nll,
     ) -> "SecondMoments":
         """V as the mean of squared per-example gradients over ``examples``, in float32.
 
@@ -122,19 +113,22 @@ class SecondMoments:
                 total = sums[name] = torch.zeros(
                     output_grads.shape[2], activations.shape[2], device=activations.device
                 )
-            for x, delta in zip(activations.float(), output_grads.float(), strict=True):
-                gradient = delta.T @ x
+            if batch.offsets is None:
+                examples_of = zip(activations, output_grads, strict=True)
+            else:
+                examples_of = zip(
+                    *(t[0].split(batch.lengths) for t in (activations, output_grads)), strict=True
+                )
+            for x, delta in examples_of:
+                gradient = delta.float().T @ x.float()
                 total.addcmul_(gradient, gradient)
 
-        batches = length_batches([len(example) for example in counted], BATCH_TOKENS)
-        with (
-            track("second moments", len(counted)) as advance,
-            evaluating(model),
-            GradientTap(chosen, add_squares),
-        ):
-            for batch in batches:
-                run_batch(model, [counted[i] for i in batch], loss)
-                advance(len(batch))
+        lean = LeanPass(model, chosen.values())
+        with track("second moments", len(counted)) as advance, lean, GradientTap(chosen, add_squares):
+            for members in lean.batches([len(example) for example in counted], BATCH_TOKENS):
+                batch = lean.arrange([counted[i] for i in members])
+                lean.run(batch)
+                advance(len(members))
         moments: dict[str, Moment] = {name: (sums[name] / len(counted)).cpu() for name in chosen}
         eps = {name: ESTIMATE_DAMPING * v.mean().sqrt().item() for name, v in moments.items()}  # type: ignore[union-attr]
         return SecondMoments(f"estimate:{len(counted)}", moments, eps)

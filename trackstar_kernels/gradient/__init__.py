@@ -1,5 +1,7 @@
 """Per-example gradients, corrected by the optimizer's scale and projected from both sides."""
 
+from typing import NoReturn
+
 import torch
 
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
@@ -19,6 +21,7 @@ def project_gradients(
     scale: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
     backend: str | None = None,
+    check_finite: bool = True,
 ) -> torch.Tensor:
     """Sketches of a linear layer's gradient, one per example, without forming the gradients.
 
@@ -32,8 +35,10 @@ def project_gradients(
 
     An example's row depends on its own tokens alone. On one machine it is bit-identical whether the example
     comes by itself, in another batch, padded at its end with rows of zeros, or packed, and with any number of
-    threads (backend "cpu"). NaN and infinity are not looked for: they reach their example's row and no other.
-    An example without tokens gives zeros.
+    threads (backend "cpu"). An example without tokens gives zeros.
+
+    Works under torch.compile and with fake tensors, as the custom op ``trackstar::project_gradients``. It is not
+    differentiable.
 
     Args:
         activations: (B, T, I) inputs of the layer; or (ΣT, I), all examples' tokens end to end, with offsets.
@@ -44,6 +49,9 @@ def project_gradients(
         offsets: (B + 1,) int32 or int64, for packed input only: where each example's tokens begin and, last,
             where they end, ascending from 0 to ΣT. On any device; the values are read on the host.
         backend: None, "cpu" (float32, bfloat16 or float16) or "reference" (float64 too).
+        check_finite: refuse inputs with NaN or infinity. They show in the result, so the check is nearly free on
+            the CPU; on a GPU it waits for the kernel. False lets them through: they reach their example's row and
+            no other.
 
     activations may be float32, bfloat16, float16 or float64; the sketches and scale that dtype or float32.
     All are widened to float32 first, and the sums are in float32; with float64 activations, both in float64.
@@ -53,7 +61,8 @@ def project_gradients(
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype, or the backend does not take the dtype.
-        ValueError: shapes, devices or offsets do not fit, or the backend is unknown.
+        ValueError: shapes, devices or offsets do not fit, the backend is unknown, or an input is not finite (a
+            scale is infinite where a second moment is zero); the input and the place are named.
 
     Source: TrackStar, arXiv 2410.17413, section 3 (optimizer correction, two-sided projection).
     """
@@ -76,22 +85,72 @@ def project_gradients(
         check_shape("scale", scale, (out_features, in_features))
     for name, constant in constants.items():
         check_dtype(name, constant, *dict.fromkeys((torch.float32, activations.dtype)))
-    device = check_same_device(activations=activations, output_grads=output_grads, **constants)
+    check_same_device(activations=activations, output_grads=output_grads, **constants)
     if offsets is not None:
-        offsets = _check_offsets(check_tensor("offsets", offsets), tokens[0])
-    run = implementation(__name__, "project_gradients", device, backend)
-    left, right = (sketch if sketch.ndim == 3 else sketch[None] for sketch in (left, right))
+        check_dtype("offsets", check_tensor("offsets", offsets), torch.int32, torch.int64)
+        check_shape("offsets", offsets, ("B + 1",))
+        if len(offsets) == 0:
+            raise ValueError("offsets must have at least one element, got none")
     with torch.no_grad():
-        return run(activations, output_grads, left, right, scale, offsets)
+        return _project_gradients(
+            activations, output_grads, left, right, scale, offsets, backend, check_finite
+        )
+
+
+@torch.library.custom_op("trackstar::project_gradients", mutates_args=())
+def _project_gradients(
+    activations: torch.Tensor,
+    output_grads: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    backend: str | None,
+    check_finite: bool,
+) -> torch.Tensor:
+    """What the public function does once shapes and dtypes are known to fit: all that looks at values."""
+    if offsets is not None:
+        offsets = _check_offsets(offsets, len(activations))
+    run = implementation(__name__, "project_gradients", activations.device, backend)
+    out = run(
+        activations, output_grads, *(s if s.ndim == 3 else s[None] for s in (left, right)), scale, offsets
+    )
+    if check_finite and not out.isfinite().all():
+        named = {"activations": activations, "output_grads": output_grads, "scale": scale}
+        _complain_of_values({**named, "left": left, "right": right})
+    return out
+
+
+@_project_gradients.register_fake
+def _(
+    activations: torch.Tensor,
+    output_grads: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    backend: str | None,
+    check_finite: bool,
+) -> torch.Tensor:
+    batch = activations.shape[0] if offsets is None else offsets.shape[0] - 1
+    dtype = torch.promote_types(activations.dtype, torch.float32)
+    return activations.new_empty(batch, left.shape[-2], right.shape[-2], dtype=dtype)
+
+
+def _complain_of_values(inputs: dict[str, torch.Tensor | None]) -> NoReturn:
+    """Raise for the first input that is not finite."""
+    for name, tensor in inputs.items():
+        if tensor is None or (finite := tensor.isfinite()).all():
+            continue
+        place = finite.logical_not().nonzero()[0].tolist()
+        why = ": a second moment is zero" if name == "scale" and tensor[tuple(place)].isinf() else ""
+        raise ValueError(f"{name} must be finite, got {tensor[tuple(place)].item()} at {place}{why}")
+    raise ValueError("the inputs are finite, but their projected gradient exceeds the largest float32")
 
 
 def _check_offsets(offsets: torch.Tensor, tokens: int) -> torch.Tensor:
     """The offsets as int64 on the host, if they cut ``tokens`` tokens into examples."""
-    check_dtype("offsets", offsets, torch.int32, torch.int64)
-    check_shape("offsets", offsets, ("B + 1",))
     offsets = offsets.to("cpu", torch.int64)
-    if len(offsets) == 0:
-        raise ValueError("offsets must have at least one element, got none")
     if offsets[0] != 0 or offsets[-1] != tokens:
         raise ValueError(
             f"offsets must run from 0 to the {tokens} tokens of activations, "

@@ -52,11 +52,40 @@ def score_topk(
         ValueError: a shape, k, start or the backend is wrong, or queries are not finite.
     """
     N = _check_inputs(queries, rows, k, scales, start)
-    run = implementation(__name__, "score_topk", queries.device, backend)
     if scales is None or scales.dim() == 1:
         queries, rows = queries.reshape(len(queries), 1, -1), rows.reshape(N, 1, -1)
         scales = None if scales is None else scales[:, None]
+    with torch.no_grad():
+        return _score_topk(queries, rows, k, scales, largest, start, backend)
+
+
+@torch.library.custom_op("trackstar::score_topk", mutates_args=())
+def _score_topk(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    largest: bool,
+    start: int,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`score_topk` on (Q, L, d) and (N, L, d), once shapes and dtypes are known to fit."""
+    _check_finite(queries)
+    run = implementation(__name__, "score_topk", queries.device, backend)
     return run(queries, rows, k, scales, largest, start)
+
+
+@_score_topk.register_fake
+def _(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    largest: bool,
+    start: int,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_result(queries, k)
 
 
 def mixed_topk(
@@ -111,10 +140,53 @@ def mixed_topk(
         raise TypeError(f"mixing must be a float, got {type(mixing).__name__}")
     if not 0 <= mixing < 1:
         raise ValueError(f"mixing must be at least 0 and less than 1, got {mixing}")
-    run = implementation(__name__, "mixed_topk", queries.device, backend)
     if scales is not None and scales.dim() == 1:
         scales = scales[:, None]
-    return run(queries, rows, squared_norms, k, float(mixing), scales, largest, start)
+    with torch.no_grad():
+        return _mixed_topk(queries, rows, squared_norms, k, float(mixing), scales, largest, start, backend)
+
+
+@torch.library.custom_op("trackstar::mixed_topk", mutates_args=())
+def _mixed_topk(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    mixing: float,
+    scales: torch.Tensor | None,
+    largest: bool,
+    start: int,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`mixed_topk`, once shapes and dtypes are known to fit."""
+    _check_finite(queries)
+    run = implementation(__name__, "mixed_topk", queries.device, backend)
+    return run(queries, rows, squared_norms, k, mixing, scales, largest, start)
+
+
+@_mixed_topk.register_fake
+def _(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    mixing: float,
+    scales: torch.Tensor | None,
+    largest: bool,
+    start: int,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_result(queries, k)
+
+
+def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _check_finite(queries: torch.Tensor) -> None:
+    if not queries.isfinite().all():
+        raise ValueError("queries must be finite, got NaN or infinity")
 
 
 def _check_inputs(
@@ -140,6 +212,4 @@ def _check_inputs(
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if not 1 <= k <= N:
         raise ValueError(f"k must be from 1 to N (={N}), got {k}")
-    if not queries.isfinite().all():
-        raise ValueError("queries must be finite, got NaN or infinity")
     return N

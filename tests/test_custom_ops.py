@@ -1,0 +1,86 @@
+"""The kernels inside other people's graphs: custom ops that torch.compile, fake tensors and opcheck accept."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trackstar_kernels import mixed_topk, project_gradients, score_topk
+
+GRADIENT = {
+    "padded": (torch.randn(3, 5, 6), torch.randn(3, 5, 4), torch.randn(2, 4), torch.randn(3, 6), None, None),
+    "packed, exact": (
+        torch.randn(9, 6),
+        torch.randn(9, 4),
+        torch.randn(2, 4),
+        torch.randn(3, 6),
+        torch.rand(4, 6),
+        torch.tensor([0, 4, 4, 9]),
+    ),
+    "rank 2, bf16": (
+        torch.randn(3, 5, 6).bfloat16(),
+        torch.randn(3, 5, 4).bfloat16(),
+        torch.randn(2, 2, 4),
+        torch.randn(2, 3, 6),
+        None,
+        None,
+    ),
+}
+OPS = {
+    f"project_gradients, {name}": ("project_gradients", (*case, None, True))
+    for name, case in GRADIENT.items()
+}
+OPS |= {
+    "score_topk": ("score_topk", (torch.randn(2, 1, 8), torch.randn(7, 1, 8), 3, None, True, 0, None)),
+    "mixed_topk": (
+        "mixed_topk",
+        (
+            torch.randn(2, 2, 4),
+            torch.randn(7, 2, 4),
+            torch.rand(7, 2) + 4,
+            3,
+            0.5,
+            torch.rand(7, 2),
+            False,
+            5,
+            None,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), OPS.values(), ids=OPS)
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(torch.ops.trackstar, name), arguments)
+
+
+def sketches(x, delta, left, right, scale, offsets):
+    return 2 * project_gradients(x.sin(), delta, left, right, scale=scale, offsets=offsets)
+
+
+def best(queries, rows):
+    scores, indices = score_topk(queries + 1, rows, 3)
+    return scores * 2, indices + 1
+
+
+def best_mixed(queries, rows):
+    return mixed_topk(queries * 2, rows, rows.square().sum(2), 3, 0.9)
+
+
+FUNCTIONS = {name: (sketches, case) for name, case in GRADIENT.items()}
+FUNCTIONS["score_topk"] = (best, (torch.randn(2, 8), torch.randn(7, 8)))
+FUNCTIONS["mixed_topk"] = (best_mixed, (torch.randn(2, 2, 4), torch.randn(7, 2, 4)))
+
+
+@pytest.mark.parametrize(("function", "arguments"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_compiles_into_one_graph(function, arguments):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
+@pytest.mark.parametrize(("function", "arguments"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_fake_tensors_have_the_real_shapes(function, arguments):
+    real = function(*arguments)
+    with FakeTensorMode() as mode:
+        fake = function(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    for got, wanted in zip(*((r if isinstance(r, tuple) else (r,)) for r in (fake, real)), strict=True):
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
