@@ -20,8 +20,15 @@ using namespace trackstar;
 
 namespace {
 
-const std::pair<const char*, Isa> kLevels[] = {
-    {"baseline", Isa::baseline}, {"x86-64-v3", Isa::v3}, {"x86-64-v4", Isa::v4}};
+#ifdef __aarch64__
+constexpr const char* kBaseline = "neon";
+#else
+constexpr const char* kBaseline = "baseline";
+#endif
+const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},
+                                               {"x86-64-v3", Isa::v3},
+                                               {"x86-64-v4", Isa::v4},
+                                               {"avx512-bf16", Isa::v4_bf16}};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

@@ -233,7 +233,7 @@ def test_nan_reaches_its_bucket(kernel, exact):
     assert_accurate(case, case.run(kernel))
     clean = case.run(kernel)
     case.output_grads[8, 3] = torch.nan
-    got = case.run(kernel)
+    got = case.run(kernel, check_finite=False)
     assert got[1, case.left[:, 3] != 0].isnan().all()
     assert torch.equal(got[[0, 2]], clean[[0, 2]])
 

@@ -19,6 +19,10 @@ const GradientKernels& kernels_in_force() {
     case Isa::v4:
       return v4::gradient_kernels;
 #endif
+#ifdef TRACKSTAR_HAS_v4_bf16
+    case Isa::v4_bf16:
+      return v4_bf16::gradient_kernels;
+#endif
     default:
       return baseline::gradient_kernels;
   }
@@ -47,7 +51,7 @@ Projection::Projection(const GradientBatch& batch, float* out, int threads)
       out_(out),
       threads_(threads),
       kernels_(kernels_in_force()),
-      packing_(kernels_.packing[static_cast<int>(batch.element)]),
+      of_element_(kernels_.of_element[static_cast<int>(batch.element)]),
       padded_p_(round_up(batch.p, kernels_.columns)) {}
 
 void Projection::write(int64_t example, int64_t row, const float* strip, bool add) const {

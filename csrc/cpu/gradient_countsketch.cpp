@@ -26,20 +26,20 @@ class CountSketchProjection : ScaledProjection {
       for (int64_t i = run.begin; i < run.end; ++i) {
         for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
           const auto& [example, begin, tokens, first] = pieces_[i];
-          packing_.pack_b(at(x_.activations, begin * x_.in_features + column), x_.in_features, tokens,
-                          std::min(kColumnBlock, x_.in_features - column),
-                          columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1)),
-                          kernels_.columns * (tokens + 1));
+          of_element_.pack_b(at(x_.activations, begin * x_.in_features + column), x_.in_features, tokens,
+                             std::min(kColumnBlock, x_.in_features - column),
+                             columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1)),
+                             kernels_.columns * (tokens + 1));
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t i = run.begin; i < run.end; ++i) {
         for (int64_t row = 0; row < x_.out_features; row += kRowBlock) {
           const auto& [example, begin, tokens, first] = pieces_[i];
-          packing_.pack_a(at(x_.output_grads, begin * x_.out_features + row), x_.out_features, tokens,
-                          std::min(kRowBlock, x_.out_features - row),
-                          rows.at((row_of(i) - row_of(run.begin)) * padded_out_ + row * (tokens + 1)),
-                          kernels_.rows * (tokens + 1));
+          of_element_.pack_a(at(x_.output_grads, begin * x_.out_features + row), x_.out_features, tokens,
+                             std::min(kRowBlock, x_.out_features - row),
+                             rows.at((row_of(i) - row_of(run.begin)) * padded_out_ + row * (tokens + 1)),
+                             kernels_.rows * (tokens + 1));
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -71,15 +71,16 @@ class CountSketchProjection : ScaledProjection {
     for (int64_t row = 0; row < x_.out_features; row += kRowBlock) {
       const int64_t m = std::min(kRowBlock, x_.out_features - row);
       for (int64_t i = part.begin; i < part.end; ++i) {
-        const int64_t tokens = pieces_[i].tokens, offset = row_of(i) - row_of(run.begin);
+        const int64_t tokens = pieces_[i].tokens, steps = steps_of(tokens),
+                      offset = row_of(i) - row_of(run.begin);
         const float* rows_of_piece = rows.at(offset * padded_out_ + row * (tokens + 1));
         const float* columns_of_piece = columns.at(offset * padded_in_ + column * (tokens + 1));
-        for (int64_t t = 0; t < tokens; t += kDepth) {
+        for (int64_t t = 0; t < steps; t += kDepth) {
           const Tiles::A a = {rows_of_piece + t * kernels_.rows, kernels_.rows * (tokens + 1), 1,
                               kernels_.rows};
           const Tiles::B b = {columns_of_piece + t * kernels_.columns, kernels_.columns * (tokens + 1)};
-          kernels_.add_to_buckets(
-              {{m, n, std::min(kDepth, tokens - t), a, b},
+          of_element_.add_to_buckets(
+              {{m, n, std::min(kDepth, steps - t), a, b},
                {x_.scale + row * x_.in_features + column, x_.in_features},
                x_.rank,
                buckets_.data() + row,

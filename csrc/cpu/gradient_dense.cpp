@@ -28,10 +28,10 @@ class DenseProjection : ScaledProjection {
       for (int64_t i = run.begin; i < run.end; ++i) {
         for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
           const auto& [example, begin, tokens, first] = pieces_[i];
-          packing_.pack_b(at(x_.activations, begin * x_.in_features + column), x_.in_features, tokens,
-                          std::min(kColumnBlock, x_.in_features - column),
-                          columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1)),
-                          kernels_.columns * (tokens + 1));
+          of_element_.pack_b(at(x_.activations, begin * x_.in_features + column), x_.in_features, tokens,
+                             std::min(kColumnBlock, x_.in_features - column),
+                             columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1)),
+                             kernels_.columns * (tokens + 1));
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -58,25 +58,25 @@ class DenseProjection : ScaledProjection {
     float* const deltas = scratch + kRowBlock * kColumnBlock;
     for (int64_t i = part.begin; i < part.end; ++i) {
       const auto& [example, begin, tokens, first] = pieces_[i];
-      packing_.pack_a(at(x_.output_grads, begin * x_.out_features + row), x_.out_features, tokens, rows,
-                      deltas + (row_of(i) - row_of(part.begin)) * kRowBlock, kernels_.rows * (tokens + 1));
+      of_element_.pack_a(at(x_.output_grads, begin * x_.out_features + row), x_.out_features, tokens, rows,
+                         deltas + (row_of(i) - row_of(part.begin)) * kRowBlock, kernels_.rows * (tokens + 1));
     }
     for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
       const int64_t width = std::min(kColumnBlock, x_.in_features - column);
       const float* scale = x_.scale + row * x_.in_features + column;
       for (int64_t i = part.begin; i < part.end; ++i) {
-        const int64_t tokens = pieces_[i].tokens;
+        const int64_t tokens = pieces_[i].tokens, steps = steps_of(tokens);
         const float* deltas_of_piece = deltas + (row_of(i) - row_of(part.begin)) * kRowBlock;
         const float* columns_of_piece =
             columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1));
-        for (int64_t t = 0; t < tokens; t += kDepth) {
-          const int64_t k = std::min(kDepth, tokens - t);
+        for (int64_t t = 0; t < steps; t += kDepth) {
+          const int64_t k = std::min(kDepth, steps - t);
           const Tiles::A a = {deltas_of_piece + t * kernels_.rows, kernels_.rows * (tokens + 1), 1,
                               kernels_.rows};
           const Tiles::B b = {columns_of_piece + t * kernels_.columns, kernels_.columns * (tokens + 1)};
           const Product::C c = {block, kernels_.columns, kColumnBlock};
-          const Scale s = {t + k == tokens ? scale : nullptr, x_.in_features};
-          kernels_.multiply({{rows, width, k, a, b}, c, t > 0, s});
+          const Scale s = {t + k == steps ? scale : nullptr, x_.in_features};
+          of_element_.multiply({{rows, width, k, a, b}, c, t > 0, s});
         }
         const Tiles::A a = {block, kernels_.rows * kColumnBlock, kColumnBlock, 1};
         const Tiles::B b = {right_.at(column * kernels_.columns), kernels_.columns * x_.in_features};

@@ -56,8 +56,8 @@ class FoldedProjection : Projection {
               float* scratch) const {
     const int64_t tokens = std::min(kRowBlock, tokens_ - token), features = sketch.features;
     if (!sketch.buckets.empty()) {
-      packing_.sketch({at(matrix, token * features), features, tokens, features, x_.rank, sketch.padded,
-                       sketch.buckets.data(), features, c, scratch});
+      of_element_.sketch({at(matrix, token * features), features, tokens, features, x_.rank, sketch.padded,
+                          sketch.buckets.data(), features, c, scratch});
       return;
     }
     // Whole tiles of floats are read where they are, the rest is widened, or saved from reading past the end.
@@ -70,7 +70,7 @@ class FoldedProjection : Projection {
       const Tiles::B b = {sketch.panels.at(f * kernels_.columns), kernels_.columns * features};
       kernels_.multiply({{in_place, n, k, a, b}, c, f > 0, {}});
       for (int64_t t = in_place; t < tokens; ++t) {
-        packing_.widen(at(matrix, (token + t) * features + f), k, scratch + (t - in_place) * kChunkRow);
+        of_element_.widen(at(matrix, (token + t) * features + f), k, scratch + (t - in_place) * kChunkRow);
       }
       const Tiles::A a_rest = {scratch, kernels_.rows * kChunkRow, kChunkRow, 1};
       kernels_.multiply({{tokens - in_place, n, k, a_rest, b}, c_rest, f > 0, {}});

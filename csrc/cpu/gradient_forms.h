@@ -53,7 +53,7 @@ class Projection {
   float* const out_;
   const int threads_;
   const GradientKernels& kernels_;
-  const Packing& packing_;
+  const ElementKernels& of_element_;
   const int64_t padded_p_;
 };
 
@@ -85,6 +85,8 @@ class ScaledProjection : protected Projection {
   int64_t rows_of(const Range& run) const {
     return row_of(run.end - 1) + pieces_[run.end - 1].tokens + 1 - row_of(run.begin);
   }
+  // Rows of a panel that packed tokens really take.
+  int64_t steps_of(int64_t tokens) const { return (tokens + of_element_.terms - 1) / of_element_.terms; }
   // Most rows and pieces of any wave.
   int64_t most_rows() const;
   int64_t most_pieces() const;

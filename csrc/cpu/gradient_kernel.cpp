@@ -19,11 +19,36 @@ constexpr ptrdiff_t kColumns = kVectors * kLanes;
 
 typedef Vec Tile[kRows][kVectors];
 
+// What a panel holds, and how two of them are multiplied.
+struct Floats {
+  static constexpr ptrdiff_t kTerms = 1;
+  static Vec broadcast(const float* a) { return splat(*a); }
+  static Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
+};
+
+// Two bfloat16 for each float, the first in the lower half.
+struct Pairs {
+  static constexpr ptrdiff_t kTerms = 2;
+  static Vec broadcast(const float* a) {
+    typedef uint32_t Word __attribute__((may_alias));
+    return (Vec)(*reinterpret_cast<const Word*>(a) - Bits{});
+  }
+  static Vec add_product(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+    const Bits x = (Bits)a, y = (Bits)b, high = Bits{} + 0xFFFF0000;
+    return sum + (Vec)(x << 16) * (Vec)(y << 16) + (Vec)(x & high) * (Vec)(y & high);
+#endif
+  }
+};
+
 inline void prefetch(const float* scale,
                      ptrdiff_t row) {  // its rows are far apart, which no hardware foresees
   for (ptrdiff_t i = 0; i < kRows; ++i) __builtin_prefetch(scale + i * row);
 }
 
+template <typename Terms>
 __attribute__((always_inline)) inline void sum_products(Tile& sum, const float* a, ptrdiff_t a_row,
                                                         ptrdiff_t a_column, const float* b, ptrdiff_t k) {
   for (ptrdiff_t t = 0; t < k; ++t, a += a_column, b += kColumns) {
@@ -35,23 +60,23 @@ __attribute__((always_inline)) inline void sum_products(Tile& sum, const float* 
     }
 #pragma GCC unroll 24
     for (ptrdiff_t i = 0; i < kRows; ++i) {
-      const Vec element = splat(a[i * a_row]);
+      const Vec element = Terms::broadcast(a + i * a_row);
 #pragma GCC unroll 3
-      for (ptrdiff_t v = 0; v < kVectors; ++v) sum[i][v] += element * row[v];
+      for (ptrdiff_t v = 0; v < kVectors; ++v) sum[i][v] = Terms::add_product(sum[i][v], element, row[v]);
     }
   }
 }
 
 // One tile of C; a, b and c point at its own panels and corner, scale at a whole tile or nowhere. Panels of A
 // with a row stride of 1 have a version of their own: addresses that need no registers.
-template <bool kPacked>
+template <typename Terms, bool kPacked>
 __attribute__((noinline)) void multiply_tile(const Product& product, const float* a, const float* b, float* c,
                                              const float* scale, ptrdiff_t scale_row) {
   const Tiles& tiles = product.tiles;
   const ptrdiff_t c_row = product.c.row;
   if (scale) prefetch(scale, scale_row);
   Tile sum = {};
-  sum_products(sum, a, kPacked ? 1 : tiles.a.row, tiles.a.column, b, tiles.k);
+  sum_products<Terms>(sum, a, kPacked ? 1 : tiles.a.row, tiles.a.column, b, tiles.k);
 #pragma GCC unroll 24
   for (ptrdiff_t i = 0; i < kRows; ++i) {
 #pragma GCC unroll 3
@@ -63,12 +88,13 @@ __attribute__((noinline)) void multiply_tile(const Product& product, const float
   }
 }
 
+template <typename Terms>
 __attribute__((noinline)) void add_tile_to_buckets(const BucketSums& product, const float* a, const float* b,
                                                    const Bucket* buckets, float* sums, const float* scale,
                                                    ptrdiff_t scale_row) {
   prefetch(scale, scale_row);
   Tile sum = {};
-  sum_products(sum, a, 1, product.tiles.a.column, b, product.tiles.k);
+  sum_products<Terms>(sum, a, 1, product.tiles.a.column, b, product.tiles.k);
 #pragma GCC unroll 24
   for (ptrdiff_t i = 0; i < kRows; ++i) {
 #pragma GCC unroll 3
@@ -80,8 +106,7 @@ __attribute__((noinline)) void add_tile_to_buckets(const BucketSums& product, co
       float* to = sums + buckets[i].row * product.sums.row;
       const Vec value = splat(buckets[i].value);
 #pragma GCC unroll 3
-      for (ptrdiff_t v = 0; v < kVectors; ++v)
-        store(to + v * kLanes, load(to + v * kLanes) + value * sum[i][v]);
+      for (ptrdiff_t v = 0; v < kVectors; ++v, to += kLanes) store(to, load(to) + value * sum[i][v]);
     }
   }
 }
@@ -109,21 +134,23 @@ inline void for_each_tile(const Tiles& tiles, const Scale& scale, const Run& run
   }
 }
 
+template <typename Terms>
 void multiply(const Product& product) {
-  const auto tile = product.tiles.a.row == 1 ? multiply_tile<true> : multiply_tile<false>;
+  const auto& c = product.c;
+  const auto tile = product.tiles.a.row == 1 ? multiply_tile<Terms, true> : multiply_tile<Terms, false>;
   for_each_tile(
       product.tiles, product.scale,
       [&](ptrdiff_t i, ptrdiff_t j, const float* a, const float* b, const float* scale, ptrdiff_t scale_row) {
-        const auto& c = product.c;
         tile(product, a, b, c.at + j / kColumns * c.panel + i * c.row, scale, scale_row);
       });
 }
 
+template <typename Terms>
 void add_to_buckets(const BucketSums& product) {
   for_each_tile(
       product.tiles, product.scale,
       [&](ptrdiff_t i, ptrdiff_t j, const float* a, const float* b, const float* scale, ptrdiff_t scale_row) {
-        add_tile_to_buckets(product, a, b, product.buckets + i, product.sums.at + j, scale, scale_row);
+        add_tile_to_buckets<Terms>(product, a, b, product.buckets + i, product.sums.at + j, scale, scale_row);
       });
 }
 
@@ -151,6 +178,29 @@ void pack(const void* matrix, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, f
       widen(from, width, wide);
       pack_row<kWidth>(wide, width, panels, panel, 0);
     }
+  }
+}
+
+// The first n numbers' bits, and zeros.
+inline Bits load_bits(const Bfloat16* from, ptrdiff_t n) {
+  if (n >= kLanes) return load_bits(from);
+  Bfloat16 tail[kLanes] = {};
+  __builtin_memcpy(tail, from, n * sizeof(Bfloat16));
+  return load_bits(tail);
+}
+
+template <ptrdiff_t kWidth>
+void pack_pairs(const void* matrix, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
+                ptrdiff_t panel) {
+  const auto* from = static_cast<const Bfloat16*>(matrix);
+  for (ptrdiff_t t = 0; t < depth; t += 2, from += 2 * row, panels += kWidth) {
+    float pairs[kMaxPackWidth + kLanes];
+    for (ptrdiff_t j = 0; j < width; j += kLanes) {
+      const Bits low = load_bits(from + j, width - j);
+      const Bits high = t + 1 < depth ? load_bits(from + row + j, width - j) : Bits{};
+      store(pairs + j, (Vec)(low | high << 16));
+    }
+    pack_row<kWidth>(pairs, width, panels, panel, 0);
   }
 }
 
@@ -208,17 +258,37 @@ void sketch(const BucketSketch& x) {
   }
 }
 
-template <typename T>
-constexpr Packing packing() {
-  return {pack<kRows, T>, pack<kColumns, T>,
+template <typename T, typename Terms>
+constexpr ElementKernels element_kernels(ElementKernels::Pack* pack_a, ElementKernels::Pack* pack_b) {
+  return {pack_a,
+          pack_b,
+          Terms::kTerms,
+          multiply<Terms>,
+          add_to_buckets<Terms>,
           [](const void* from, ptrdiff_t n, float* to) { widen(static_cast<const T*>(from), n, to); },
           sketch<T>};
 }
 
+template <typename T>
+constexpr ElementKernels widened() {
+  return element_kernels<T, Floats>(pack<kRows, T>, pack<kColumns, T>);
+}
+
+// TRACKSTAR_BFLOAT16_PAIRS puts pairs into levels that lack the instruction, for a test.
+#if defined(__AVX512BF16__) || defined(TRACKSTAR_BFLOAT16_PAIRS)
+constexpr ElementKernels kBfloat16 =
+    element_kernels<Bfloat16, Pairs>(pack_pairs<kRows>, pack_pairs<kColumns>);
+#else
+constexpr ElementKernels kBfloat16 = widened<Bfloat16>();
+#endif
+
 }  // namespace
 
 const GradientKernels gradient_kernels = {
-    kRows, kColumns, multiply, add_to_buckets, {packing<float>(), packing<Bfloat16>(), packing<Half>()},
+    kRows,
+    kColumns,
+    multiply<Floats>,
+    {widened<float>(), kBfloat16, widened<Half>()},
 };
 
 }  // namespace trackstar::TRACKSTAR_ISA

@@ -52,8 +52,8 @@ struct Bucket {
   float value;
 };
 
-// For every r, sums[r, bucket[r, i].row, j] += bucket[r, i].value · (A · B ∘ scale)[i, j], over ascending i. Rows
-// of A are contiguous in a panel (A.row = 1), scale is not null.
+// For every r, sums[r, bucket[r, i].row, j] += bucket[r, i].value · (A · B ∘ scale)[i, j], over ascending i. scale
+// is not null.
 struct BucketSums {
   Tiles tiles;
   Scale scale;
@@ -80,28 +80,33 @@ struct BucketSketch {
   float* scratch;  // rank · rows vectors: kMaxLanes numbers each
 };
 
-// Reads row-major matrices of one of the types of Element (csrc/gradient.h), widening on the way.
-struct Packing {
-  // Copies `width` ≤ kMaxPackWidth columns of `depth` rows, `row` numbers apart, into panels of A, column i to
-  // panels[i / rows * panel + t * rows + i % rows], or of B likewise; the last panel is filled up with zeros.
+constexpr ptrdiff_t kMaxPackWidth = 192;
+constexpr ptrdiff_t kMaxLanes = 16;
+
+// What depends on the Element (csrc/gradient.h) of a row-major matrix. Numbers are widened as they are read; or,
+// where the machine multiplies pairs of them, panels hold pairs.
+struct ElementKernels {
+  // Copies `width` ≤ kMaxPackWidth columns of `depth` rows, `row` numbers apart, into panels of A, number t of
+  // column i to panels[i / rows * panel + t / terms * rows + i % rows], or of B likewise. The last panel and
+  // the last pair are filled up with zeros.
   using Pack = void(const void* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
                     ptrdiff_t panel);
   Pack *pack_a, *pack_b;
+
+  // Products of such panels, with k counted in steps of `terms` numbers. A.row = 1.
+  ptrdiff_t terms;  // 1 or 2
+  void (*multiply)(const Product& product);
+  void (*add_to_buckets)(const BucketSums& sums);
 
   void (*widen)(const void* from, ptrdiff_t n, float* to);
   void (*sketch)(const BucketSketch& sketch);
 };
 
-constexpr ptrdiff_t kMaxPackWidth = 192;
-constexpr ptrdiff_t kMaxLanes = 16;
-
 struct GradientKernels {
   ptrdiff_t rows, columns;  // of a tile
 
-  void (*multiply)(const Product& product);
-  void (*add_to_buckets)(const BucketSums& sums);
-
-  Packing packing[3];  // by Element
+  void (*multiply)(const Product& product);  // of floats
+  ElementKernels of_element[3];
 };
 
 namespace baseline {
@@ -111,6 +116,9 @@ namespace v3 {
 extern const GradientKernels gradient_kernels;
 }
 namespace v4 {
+extern const GradientKernels gradient_kernels;
+}
+namespace v4_bf16 {
 extern const GradientKernels gradient_kernels;
 }
 
