@@ -20,8 +20,15 @@ using namespace trackstar;
 
 namespace {
 
-const std::pair<const char*, Isa> kLevels[] = {
-    {"baseline", Isa::baseline}, {"x86-64-v3", Isa::v3}, {"x86-64-v4", Isa::v4}};
+#ifdef __aarch64__
+constexpr const char* kBaseline = "neon";
+#else
+constexpr const char* kBaseline = "baseline";
+#endif
+const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},
+                                               {"x86-64-v3", Isa::v3},
+                                               {"x86-64-v4", Isa::v4},
+                                               {"avx512-bf16", Isa::v4_bf16}};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
@@ -50,14 +57,23 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+Element element_of(const std::string& name) {
+  if (name == "float32") return Element::float32;
+  if (name == "bfloat16") return Element::bfloat16;
+  if (name == "float16") return Element::float16;
+  throw std::invalid_argument("element must be float32, bfloat16 or float16, got '" + name + "'");
+}
+
 void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int64_t out_features,
-                          std::int64_t rank, std::int64_t q, std::int64_t p, std::uintptr_t activations,
-                          std::uintptr_t output_grads, std::uintptr_t offsets, std::uintptr_t left,
-                          std::uintptr_t right, std::uintptr_t scale, std::uintptr_t out, int threads) {
-  project_gradients({batch, in_features, out_features, rank, q, p, at<const float>(activations),
-                     at<const float>(output_grads), at<const std::int64_t>(offsets), at<const float>(left),
-                     at<const float>(right), at<const float>(scale)},
-                    at<float>(out), threads);
+                          std::int64_t rank, std::int64_t q, std::int64_t p, const std::string& element,
+                          std::uintptr_t activations, std::uintptr_t output_grads, std::uintptr_t offsets,
+                          std::uintptr_t left, std::uintptr_t right, std::uintptr_t scale, std::uintptr_t out,
+                          int threads) {
+  project_gradients(
+      {batch, in_features, out_features, rank, q, p, element_of(element), at<const void>(activations),
+       at<const void>(output_grads), at<const std::int64_t>(offsets), at<const float>(left),
+       at<const float>(right), at<const float>(scale)},
+      at<float>(out), threads);
 }
 
 Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
@@ -97,10 +113,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa_by_name, py::arg("name"), "Put a level in force, for tests and benchmarks.");
 
   m.def("project_gradients", &project_gradients_at, py::arg("batch"), py::arg("in_features"),
-        py::arg("out_features"), py::arg("rank"), py::arg("q"), py::arg("p"), py::arg("activations"),
-        py::arg("output_grads"), py::arg("offsets"), py::arg("left"), py::arg("right"), py::arg("scale"),
-        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-        "csrc/gradient.h; arrays as addresses.");
+        py::arg("out_features"), py::arg("rank"), py::arg("q"), py::arg("p"), py::arg("element"),
+        py::arg("activations"), py::arg("output_grads"), py::arg("offsets"), py::arg("left"),
+        py::arg("right"), py::arg("scale"), py::arg("out"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "csrc/gradient.h; arrays as addresses.");
   py::class_<Rows>(m, "Rows", "Stored rows, by address: see csrc/scoring.h.")
       .def(py::init(&rows_at), py::arg("values"), py::arg("type"), py::arg("stride"), py::arg("scales"),
            py::arg("N"), py::arg("L"), py::arg("d"));

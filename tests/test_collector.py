@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 from trackstar import GradientCollector, SketchSpec
 from trackstar.second_moments import SecondMoments
 
+from trackstar_kernels.sketch import KINDS
+
 TOLERANCE = 2e-4
 """Relative error of a float32 row against its float64 definition, as promised to users."""
 
@@ -26,9 +28,10 @@ def test_rows_equal_explicit_backward_passes(model, blocks):
     assert relative_error(rows, explicit_rows(model, examples, spec)) < TOLERANCE
 
 
+@pytest.mark.parametrize("sketch", KINDS)
 @pytest.mark.parametrize("kind", ["exact", "rank"])
-def test_corrected_rows_equal_explicit_backward_passes(model, kind):
-    spec = SketchSpec(sketch=4)
+def test_corrected_rows_equal_explicit_backward_passes(model, kind, sketch):
+    spec = SketchSpec(sketch=4, kind=sketch)
     examples = make_examples(LENGTHS)
     correction = SecondMoments.estimate(model, examples).correction(kind, rank=2)
     if kind == "exact":
@@ -322,13 +325,22 @@ def test_layer_blocks_keep_attention_and_mlp_apart(llama):
     assert block_of["model.layers.1.mlp.up_proj"] == 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_countsketch_is_for_the_left_alone(kind):
+    left, right = SketchSpec(sketch=4, kind=kind).projections("layer", 30, 20)
+    assert left.shape == (4, 20)
+    assert right.shape == (4, 30)
+    assert ((left != 0).sum(0) == (1 if kind == "countsketch" else 4)).all()
+    assert ((right != 0).sum(0) == 4).all()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"sketch": 0}, "sketch must be an int of at least 1, got 0"),
         ({"seed": -1}, "seed must be an int from 0"),
         ({"blocks": "layer"}, 'blocks must be "module" or an int of at least 1'),
-        ({"kind": "sparse"}, 'kind must be "rademacher" or "gaussian"'),
+        ({"kind": "sparse"}, "kind must be one of rademacher, gaussian, countsketch; got 'sparse'"),
         ({"modules": "mlp"}, "modules must be None or a list"),
     ],
 )

@@ -44,6 +44,7 @@ class Case:
     exact: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    countsketch: str = ""  # "left", "right" or "left, right": one non-zero number a column
 
     def __post_init__(self):
         generator = torch.Generator().manual_seed(self.seed)
@@ -55,6 +56,10 @@ class Case:
         self.output_grads = normal(tokens, out_features).to(self.dtype)
         self.left = normal(*ranks, q, out_features) / q**0.5
         self.right = normal(*ranks, p, in_features) / p**0.5
+        for side in filter(None, self.countsketch.split(", ")):
+            sketch = getattr(self, side)
+            row = torch.randint(sketch.shape[-2], sketch[..., :1, :].shape, generator=generator)
+            setattr(self, side, torch.zeros_like(sketch).scatter(-2, row, sketch.gather(-2, row)))
         self.scale = normal(out_features, in_features).exp() if self.exact else None
         self.offsets = torch.tensor([0, *itertools.accumulate(self.lengths)])
 
@@ -122,6 +127,10 @@ FORMS = {
     "rank 3": {"rank": 3},
     "exact": {"exact": True},
     "exact, rank 2": {"rank": 2, "exact": True},
+    "plain, CountSketch": {"countsketch": "left"},
+    "rank 3, CountSketches": {"rank": 3, "countsketch": "left, right"},
+    "exact, CountSketch": {"exact": True, "countsketch": "left"},
+    "exact, rank 2, CountSketches": {"rank": 2, "exact": True, "countsketch": "left, right"},
 }
 
 
@@ -143,8 +152,9 @@ def test_reference_keeps_float64(form):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("exact", [False, True])
-def test_narrow_inputs_are_widened_first(backend, dtype, exact):
-    case = Case([50, 20], (70, 60, 8, 8), exact=exact, dtype=dtype)
+@pytest.mark.parametrize("countsketch", ["", "left"])
+def test_narrow_inputs_are_widened_first(backend, dtype, exact, countsketch):
+    case = Case([50, 21], (70, 61, 8, 8), exact=exact, dtype=dtype, countsketch=countsketch)
     assert_accurate(case, case.run(backend))
     narrow = {"left": case.left.to(dtype), "right": case.right.to(dtype)}
     wide = {name: tensor.float() for name, tensor in narrow.items()}
@@ -157,10 +167,11 @@ def test_narrow_inputs_are_widened_first(backend, dtype, exact):
     sizes=st.tuples(*[st.integers(1, 211)] * 2, *[st.integers(1, 37)] * 2),
     rank=st.sampled_from([None, 1, 2]),
     exact=st.booleans(),
+    countsketch=st.sampled_from(["", "left", "right", "left, right"]),
     level=st.sampled_from(KERNELS),
 )
-def test_any_shape(lengths, sizes, rank, exact, level):
-    case = Case(lengths, sizes, rank=rank, exact=exact)
+def test_any_shape(lengths, sizes, rank, exact, countsketch, level):
+    case = Case(lengths, sizes, rank=rank, exact=exact, countsketch=countsketch)
     for backend in level_in_force(level):
         assert_accurate(case, case.run(backend))
 
@@ -212,6 +223,18 @@ def test_nan_stays_in_its_row(backend, exact, poison):
     case.output_grads[8, 3] = poison
     got = case.run(backend, check_finite=False)
     assert not got[1].isfinite().any()
+    assert torch.equal(got[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_nan_reaches_its_bucket(kernel, exact):
+    case = Case([6, 6, 6], (35, 23, 5, 7), exact=exact, countsketch="left")
+    case.left[:, 11] = 0
+    assert_accurate(case, case.run(kernel))
+    clean = case.run(kernel)
+    case.output_grads[8, 3] = torch.nan
+    got = case.run(kernel, check_finite=False)
+    assert got[1, case.left[:, 3] != 0].isnan().all()
     assert torch.equal(got[[0, 2]], clean[[0, 2]])
 
 

@@ -17,6 +17,14 @@ GOLDEN_NORMAL = [
     "0x1.33ec000000000p-5",
     "-0x1.2589800000000p-3",
 ]
+GOLDEN_ROWS = [
+    [0, 0, 0, -1, 0, 0, 0, -1, 0],
+    [0, 0, 1, 0, 0, 0, -1, 0, 0],
+    [0, -1, 0, 0, 0, 0, 0, 0, -1],
+    [0, 0, 0, 0, -1, 0, 0, 0, 0],
+    [-1, 0, 0, 0, 0, 1, 0, 0, 0],
+]
+GOLDEN_PLACES = [(0, 15675, -1), (1, 29033, 1), (2, 28681, -1)]  # of 2**16 rows
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -45,6 +53,10 @@ def test_golden_entries(backend):
     assert signs.round().tolist() == GOLDEN_SIGNS
     normal = projection_matrix(1, 4, seed=2**64 - 1, stream=2**64 - 1, kind="gaussian", backend=backend)
     assert [value.hex() for value in normal[0].tolist()] == GOLDEN_NORMAL
+    sparse = projection_matrix(5, 9, seed=1, stream=2, kind="countsketch", backend=backend)
+    assert sparse.tolist() == GOLDEN_ROWS
+    tall = projection_matrix(2**16, 3, seed=2**64 - 1, stream=2**64 - 1, kind="countsketch", backend=backend)
+    assert [(col, row, tall[row, col]) for col, row in tall.T.nonzero().tolist()] == GOLDEN_PLACES
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,11 +76,31 @@ def test_backends_are_bit_identical(kind, rows, cols, seed, stream, dtype):
         assert torch.equal(first, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_an_entry_depends_on_its_place_alone(kind):
     small = projection_matrix(4, 130, seed=5, stream=6, kind=kind, dtype=torch.float64)
     large = projection_matrix(16, 700, seed=5, stream=6, kind=kind, dtype=torch.float64)
     torch.testing.assert_close(small * 2, large[:4, :130] * 4, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 2**20])
+def test_countsketch_is_one_sign_in_each_column(rows):
+    narrow, wide = (
+        projection_matrix(rows, cols, seed=5, stream=6, kind="countsketch", dtype=torch.bfloat16)
+        for cols in (130, 400)
+    )
+    assert torch.equal(narrow, wide[:, :130])
+    column, row = wide.T.nonzero().T
+    assert torch.equal(column, torch.arange(400))
+    assert set(wide[row, column].tolist()) == {1.0, -1.0}
+
+
+def test_countsketch_draws_every_row_alike():
+    rows, cols = 16, 100_000
+    p = projection_matrix(rows, cols, seed=3, stream=4, kind="countsketch", dtype=torch.float64)
+    expected, deviation = cols / rows, math.sqrt(cols / rows)
+    assert ((p != 0).sum(1) - expected).abs().max() < 5 * deviation
+    assert p.sum(1).abs().max() < 5 * deviation
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +143,11 @@ def test_gaussian_has_normal_moments():
         ({"cols": 2.0}, TypeError, "cols must be an int, got float"),
         ({"seed": -1}, ValueError, "seed must be from 0"),
         ({"stream": 2**64}, ValueError, "stream must be from 0"),
-        ({"kind": "cauchy"}, ValueError, "kind must be one of rademacher, gaussian; got 'cauchy'"),
+        (
+            {"kind": "cauchy"},
+            ValueError,
+            "kind must be one of rademacher, gaussian, countsketch; got 'cauchy'",
+        ),
         ({"dtype": torch.int32}, TypeError, "floating-point"),
         ({"backend": "triton"}, ValueError, "must be one of numba, reference, got 'triton'"),
     ],

@@ -8,6 +8,7 @@ def project_gradients(
     rank: int,
     q: int,
     p: int,
+    element: str,
     activations: int,
     output_grads: int,
     offsets: int,

@@ -2,16 +2,16 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 namespace trackstar {
 
-// C (+)= A · B, then optionally C *= scale, element by element. C is made of tiles of kernels.rows ×
-// kernels.columns, and m and n are rounded up to whole tiles.
+// The tiles of a product A · B, kernels.rows × kernels.columns each; m and n are rounded up to whole tiles.
 //
 // Every element of A · B is one chain of multiply-adds from zero over ascending k, so it depends on its row
 // of A and its column of B alone: not on its place in the tile, on m or on n. Long sums are cut by the
 // caller, which keeps the chains short and the rounding error with them.
-struct Product {
+struct Tiles {
   ptrdiff_t m, n, k;
 
   // A[i, t] at at[i / rows * panel + i % rows * row + t * column].
@@ -25,6 +25,17 @@ struct Product {
     const float* at;
     ptrdiff_t panel;
   } b;
+};
+
+// scale[i, j] at at[i * row + j], read inside (m, n) only; or at is null.
+struct Scale {
+  const float* at;
+  ptrdiff_t row;
+};
+
+// C (+)= A · B, then optionally C *= scale, element by element.
+struct Product {
+  Tiles tiles;
 
   // C[i, j] at at[j / columns * panel + i * row + j % columns].
   struct C {
@@ -32,25 +43,70 @@ struct Product {
     ptrdiff_t panel, row;
   } c;
   bool accumulate;
+  Scale scale;
+};
 
-  // scale[i, j] at at[i * row + j], read inside (m, n) only; or at is null.
-  struct Scale {
-    const float* at;
-    ptrdiff_t row;
-  } scale;
+// Which row of a CountSketch every row of A · B is added to, and with what factor.
+struct Bucket {
+  int32_t row;
+  float value;
+};
+
+// For every r, sums[r, bucket[r, i].row, j] += bucket[r, i].value · (A · B ∘ scale)[i, j], over ascending i. scale
+// is not null.
+struct BucketSums {
+  Tiles tiles;
+  Scale scale;
+  ptrdiff_t rank;
+  const Bucket* buckets;  // [r, i] at buckets[r * bucket_rank + i], defined up to whole tiles
+  ptrdiff_t bucket_rank;
+
+  // sums[r, q, j] at at[r * rank + q * row + j].
+  struct Sums {
+    float* at;
+    ptrdiff_t rank, row;
+  } sums;
+};
+
+// C[t, r · rows + bucket[r, i].row] = Σ_i bucket[r, i].value · from[t, i], C laid out as in Product: rows of a
+// matrix sketched by buckets. Every sum is one chain of multiply-adds from zero over ascending i.
+struct BucketSketch {
+  const void* from;  // numbers of an Element
+  ptrdiff_t row, depth, width;
+  ptrdiff_t rank, rows;
+  const Bucket* buckets;
+  ptrdiff_t bucket_rank;
+  Product::C c;
+  float* scratch;  // rank · rows vectors: kMaxLanes numbers each
+};
+
+constexpr ptrdiff_t kMaxPackWidth = 192;
+constexpr ptrdiff_t kMaxLanes = 16;
+
+// What depends on the Element (csrc/gradient.h) of a row-major matrix. Numbers are widened as they are read; or,
+// where the machine multiplies pairs of them, panels hold pairs.
+struct ElementKernels {
+  // Copies `width` ≤ kMaxPackWidth columns of `depth` rows, `row` numbers apart, into panels of A, number t of
+  // column i to panels[i / rows * panel + t / terms * rows + i % rows], or of B likewise. The last panel and
+  // the last pair are filled up with zeros.
+  using Pack = void(const void* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
+                    ptrdiff_t panel);
+  Pack *pack_a, *pack_b;
+
+  // Products of such panels, with k counted in steps of `terms` numbers. A.row = 1.
+  ptrdiff_t terms;  // 1 or 2
+  void (*multiply)(const Product& product);
+  void (*add_to_buckets)(const BucketSums& sums);
+
+  void (*widen)(const void* from, ptrdiff_t n, float* to);
+  void (*sketch)(const BucketSketch& sketch);
 };
 
 struct GradientKernels {
   ptrdiff_t rows, columns;  // of a tile
 
-  void (*multiply)(const Product& product);
-
-  // Copies `width` columns of a row-major matrix of `depth` rows into panels of A, column i to
-  // panels[i / rows * panel + t * rows + i % rows], or of B likewise; the last panel is filled up with zeros.
-  void (*pack_a)(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
-                 ptrdiff_t panel);
-  void (*pack_b)(const float* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t width, float* panels,
-                 ptrdiff_t panel);
+  void (*multiply)(const Product& product);  // of floats
+  ElementKernels of_element[3];
 };
 
 namespace baseline {
@@ -60,6 +116,9 @@ namespace v3 {
 extern const GradientKernels gradient_kernels;
 }
 namespace v4 {
+extern const GradientKernels gradient_kernels;
+}
+namespace v4_bf16 {
 extern const GradientKernels gradient_kernels;
 }
 

@@ -17,13 +17,17 @@ bool isa_available(Isa level) {
     case Isa::v4:
       return __builtin_cpu_supports("x86-64-v4");
 #endif
+#ifdef TRACKSTAR_HAS_v4_bf16
+    case Isa::v4_bf16:
+      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+#endif
     default:
       return false;
   }
 }
 
 static Isa best_isa() {
-  for (Isa level : {Isa::v4, Isa::v3}) {
+  for (Isa level : {Isa::v4_bf16, Isa::v4, Isa::v3}) {
     if (isa_available(level)) return level;
   }
   return Isa::baseline;

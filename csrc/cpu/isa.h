@@ -6,7 +6,8 @@
 
 namespace trackstar {
 
-enum class Isa { baseline, v3, v4 };
+// x86-64 levels v3 and v4, and v4 with AVX512-BF16; the baseline of aarch64 has NEON.
+enum class Isa { baseline, v3, v4, v4_bf16 };
 
 // The level in force.
 Isa isa();

@@ -24,6 +24,7 @@ constexpr size_t kPanelsAtOnce = 16;  // whose chunks fit the second-level cache
 const ScoringKernels& kernels() {
   switch (isa()) {
 #ifdef TRACKSTAR_HAS_v4
+    case Isa::v4_bf16:
     case Isa::v4:
       return v4::scoring_kernels;
 #endif

@@ -1,9 +1,5 @@
 #include "cpu/scoring_kernel.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include "cpu/simd.h"
 
 namespace trackstar {
@@ -14,29 +10,6 @@ namespace {
 constexpr int kPanelRows = 12;  // two vectors of sums each: 24 of 32 registers
 #else
 constexpr int kPanelRows = 6;  // 12 of 16 registers
-#endif
-
-#if defined(__AVX512F__)
-inline Vec load(const Half* p) {
-  __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_maskz_cvtph_ps(0xFFFF, bits);  // the plain form draws a false warning from gcc 12
-}
-#elif defined(__F16C__)
-inline Vec load(const Half* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-#else
-using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
-using HalfBits = uint16_t __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-
-inline Vec load(const Half* p) {
-  Bits half = __builtin_convertvector(*reinterpret_cast<const HalfBits*>(p), Bits);
-  // Exponent and mantissa moved into place make a float 2^112 too small, subnormals included. The exponent
-  // of infinities and NaNs, all ones, is put back by hand.
-  Vec magnitude = (Vec)((half & 0x7FFF) << 13) * 0x1p112f;
-  Bits special = (Bits)((half & 0x7C00) == 0x7C00) & 0x7F800000;
-  return (Vec)((Bits)magnitude | special | (half & 0x8000) << 16);
-}
 #endif
 
 // ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
@@ -126,16 +99,7 @@ __attribute__((noinline)) void panel(const float* const* rows, const char* const
   }
 }
 
-void widen(const Half* in, size_t n, float* out) {
-  size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
-  if (i < n) {
-    Half tail[kLanes] = {};
-    for (size_t j = 0; i + j < n; ++j) tail[j] = in[i + j];
-    Vec wide = load(tail);
-    for (size_t j = 0; i + j < n; ++j) out[i + j] = wide[j];
-  }
-}
+void widen_halves(const Half* in, size_t n, float* out) { widen(in, n, out); }
 
 float sum_of_squares(const float* in, size_t n) {
   Vec sum = {};
@@ -165,7 +129,7 @@ const ScoringKernels scoring_kernels = {
     {dot_kernel<1, Half>(), dot_kernel<2, Half>(), dot_kernel<3, Half>(), dot_kernel<4, Half>()},
     panel_kernel<1>(),
     panel_kernel<2>(),
-    widen,
+    widen_halves,
     sum_of_squares,
 };
 

@@ -2,14 +2,10 @@
 #pragma once
 
 #include <stddef.h>
-#include <stdint.h>
+
+#include "cpu/narrow.h"
 
 namespace trackstar {
-
-// A stored float16, as its bits.
-struct Half {
-  uint16_t bits;
-};
 
 // Both kinds add, for a block of rows and all their queries,
 //

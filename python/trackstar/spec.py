@@ -9,6 +9,7 @@ from torch import nn
 
 from trackstar.modules import group_modules, select_modules
 from trackstar_kernels import projection_matrix
+from trackstar_kernels.sketch import KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class SketchSpec:
         sketch: p = q; a module's gradient (O, I) becomes sketch × sketch numbers.
         blocks: "module" (each module a block of its own) or the number of layer blocks; inside a block the
             projected gradients of the modules add.
-        kind: "rademacher" or "gaussian".
+        kind: "rademacher" or "gaussian", both projections alike; or "countsketch", which makes the exact
+            correction nearly free of the sketch's size: CountSketch on the left, Rademacher on the right.
         modules: shell patterns of the modules to capture; None takes all attention and MLP matrices.
     """
 
@@ -38,8 +40,8 @@ class SketchSpec:
         whole = isinstance(self.blocks, int) and not isinstance(self.blocks, bool)
         if self.blocks != "module" and not (whole and self.blocks >= 1):  # type: ignore[operator]
             raise ValueError(f'blocks must be "module" or an int of at least 1, got {self.blocks!r}')
-        if self.kind not in ("rademacher", "gaussian"):
-            raise ValueError(f'kind must be "rademacher" or "gaussian", got {self.kind!r}')
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
         if self.modules is not None:
             if isinstance(self.modules, str) or not self.modules:
                 raise ValueError(f"modules must be None or a list of name patterns, got {self.modules!r}")
@@ -58,11 +60,12 @@ class SketchSpec:
         The streams are the first eight bytes, little-endian, of BLAKE2b of "<module name>/left" and ".../right":
         they depend on nothing but the name, so that any subset of modules is projected alike.
         """
+        right_kind = "rademacher" if self.kind == "countsketch" else self.kind
         left, right = (
             projection_matrix(
-                self.sketch, size, seed=self.seed, stream=_stream(f"{module_name}/{side}"), kind=self.kind
+                self.sketch, size, seed=self.seed, stream=_stream(f"{module_name}/{side}"), kind=kind
             )
-            for side, size in (("left", out_features), ("right", in_features))
+            for side, size, kind in (("left", out_features, self.kind), ("right", in_features, right_kind))
         )
         return left, right
 

@@ -19,9 +19,8 @@ def project_gradients(
     if offsets is None:
         batch, tokens = activations.shape[:2]
         offsets = torch.arange(batch + 1) * tokens
-    activations, output_grads, left, right = (
-        tensor.to(torch.float32).contiguous() for tensor in (activations, output_grads, left, right)
-    )
+    activations, output_grads = activations.contiguous(), output_grads.contiguous()
+    left, right = (sketch.to(torch.float32).contiguous() for sketch in (left, right))
     if scale is not None:
         scale = scale.to(torch.float32).contiguous()
     offsets = offsets.contiguous()
@@ -35,6 +34,7 @@ def project_gradients(
         rank=rank,
         q=q,
         p=p,
+        element=str(activations.dtype).removeprefix("torch."),
         activations=activations.data_ptr(),
         output_grads=output_grads.data_ptr(),
         offsets=offsets.data_ptr(),

@@ -7,7 +7,7 @@ from trackstar_kernels._dispatch import implementation, register
 
 BACKENDS = register("projection_matrix", {"cpu": ("numba", "reference"), "cuda": ("numba", "reference")})
 
-KINDS = ("rademacher", "gaussian")
+KINDS = ("rademacher", "gaussian", "countsketch")
 
 
 def projection_matrix(
@@ -21,18 +21,20 @@ def projection_matrix(
     device: torch.device | str = "cpu",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Random matrix P (rows, cols) with E[PᵀP] = I: independent entries of mean 0 and variance 1/rows.
+    """Random matrix P (rows, cols) with E[PᵀP] = I: columns independent, entries of mean 0 and variance 1/rows.
 
-    Entry (i, j) depends on (seed, stream, i, j) alone, through Philox4x32-10 and integer arithmetic, so it is
-    bit-identical on every backend, machine and torch version, and a taller or wider matrix holds a smaller one
-    as its corner (up to the factor 1/√rows). The format is frozen: see this folder's README.md.
+    Entry (i, j) depends on (seed, stream, i, j) alone, and on rows if kind is "countsketch", through
+    Philox4x32-10 and integer arithmetic, so it is bit-identical on every backend, machine and torch version. A
+    wider matrix holds a narrower one as its first columns, and a taller one a lower one as its first rows (up
+    to the factor 1/√rows; not "countsketch"). The format is frozen: see this folder's README.md.
 
     Args:
         rows: sketch size, at least 1.
         cols: size of the space that is projected, at least 1.
         seed: 0 ≤ seed < 2⁶⁴.
         stream: 0 ≤ stream < 2⁶⁴; matrices of different streams are independent.
-        kind: "rademacher" (±1/√rows) or "gaussian" (quantiles of 16 random bits; largest entry 4.2/√rows).
+        kind: "rademacher" (±1/√rows), "gaussian" (quantiles of 16 random bits; largest entry 4.2/√rows) or
+            "countsketch" (each column one ±1 in a random row, zeros elsewhere).
         dtype: a floating-point dtype; entries are rounded to it once.
         device: where the result goes; the entries do not depend on it.
         backend: None, "numba" or "reference".
@@ -44,8 +46,9 @@ def projection_matrix(
         TypeError: a size, seed or stream is not an int, or dtype is not floating-point.
         ValueError: a value is out of range, or kind or backend is unknown.
 
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox); TrackStar,
-    arXiv 2410.17413, section 3 (two-sided projection).
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox); Charikar et
+    al., "Finding frequent items in data streams", ICALP 2002 (CountSketch); TrackStar, arXiv 2410.17413, section
+    3 (two-sided projection).
     """
     check_count("rows", rows, 1, 2**32 - 1)
     check_count("cols", cols, 1, 2**32 - 1)

@@ -41,8 +41,22 @@ def projection_matrix(
     rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype
 ) -> torch.Tensor:
     """See :func:`trackstar_kernels.projection_matrix`."""
+    if kind == "countsketch":
+        (words,) = _words(1, cols, 4, seed, stream)
+        chosen = ((words >> np.uint64(1)) * np.uint64(rows)) >> np.uint64(31)
+        values = np.where(np.arange(rows)[:, None] == chosen, 1.0 - 2.0 * (words & np.uint64(1)), 0.0)
+        return torch.from_numpy(values).to(dtype)
     bits = {"rademacher": 1, "gaussian": 16}[kind]
-    per_call = 128 // bits
+    words = _words(rows, cols, 128 // bits, seed, stream)
+    column = np.arange(cols)
+    fields = (words >> (column % (32 // bits) * bits).astype(np.uint64)) & np.uint64(2**bits - 1)
+    fields = fields.astype(np.int64)
+    values = 1.0 - 2.0 * fields if kind == "rademacher" else gaussian_quantiles()[fields]
+    return torch.from_numpy(values * (1 / math.sqrt(rows))).to(dtype)
+
+
+def _words(rows: int, cols: int, per_call: int, seed: int, stream: int) -> np.ndarray:
+    """(rows, cols) uint64: the word that holds each entry's field, of calls with ``per_call`` fields."""
     row, call = np.meshgrid(
         np.arange(rows, dtype=np.uint64),
         np.arange((cols + per_call - 1) // per_call, dtype=np.uint64),
@@ -50,8 +64,4 @@ def projection_matrix(
     )
     low, high = (np.full_like(row, word) for word in (stream & 0xFFFFFFFF, stream >> 32))
     words = np.stack(philox([call, row, low, high], (seed & 0xFFFFFFFF, seed >> 32)), axis=-1)
-    shifts = np.arange(0, 32, bits, dtype=np.uint64)
-    fields = (words[..., None] >> shifts) & np.uint64(2**bits - 1)
-    fields = fields.reshape(rows, -1)[:, :cols].astype(np.int64)
-    values = 1.0 - 2.0 * fields if kind == "rademacher" else gaussian_quantiles()[fields]
-    return torch.from_numpy(values * (1 / math.sqrt(rows))).to(dtype)
+    return words.reshape(rows, -1).repeat(per_call // 4, axis=1)[:, :cols]
