@@ -9,6 +9,7 @@ The same table is made for the CPU and, where there is one, for a CUDA device.
 """
 
 import argparse
+from functools import partial
 from statistics import median
 
 import torch
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results, reached = [], {}
+    results = []
     for device in DTYPES:
         if device == "cuda" and not torch.cuda.is_available():
             print("\nThe roofline table of a GPU needs a CUDA device; there is none here.")
@@ -75,9 +76,7 @@ def measure(layer: Layer, rounds: int) -> list[dict[str, object]]:
         for case in cases:
             runs[case, "torch"] = case.obvious(given[case])
             for backend in timed_backends(layer.device):
-                runs[case, backend] = lambda case=case, backend=backend: project_gradients(
-                    **given[case], backend=backend
-                )
+                runs[case, backend] = partial(project_gradients, **given[case], backend=backend)
             check(case, given[case], {key[1]: run for key, run in runs.items() if key[0] == case})
         seconds = interleaved(runs, rounds, layer.device)
         for case in cases:
