@@ -81,11 +81,11 @@ def measure(python: Path, rounds: int) -> dict[str, object]:
 
 def own_ratios() -> dict[str, float]:
     """{line: ratio to the full step} of case A as the pipeline saved them, if it has run."""
-    path = RESULTS / "pipeline.json"
+    path = RESULTS / "pipeline-A.json"
     if not path.exists():
         return {}
     lines = json.loads(path.read_text())["cases"]["lines"]
-    return {line["line"]: line["of full"] for line in lines if line["case"] == "A"}
+    return {name: line["of full"] for name, line in lines.items()}
 
 
 if __name__ == "__main__":

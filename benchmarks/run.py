@@ -1,4 +1,4 @@
-"""Every benchmark that needs no download, each in a process of its own: ``make bench`` or ``python -m benchmarks.run``."""
+"""Every benchmark that needs no download, each in its own process: ``make bench``, ``python -m benchmarks.run``."""
 
 import subprocess
 import sys
