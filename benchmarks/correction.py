@@ -18,7 +18,7 @@ from trackstar.correction import fit_rank
 from trackstar.modules import select_modules
 from trackstar.second_moments import SecondMoments
 
-from benchmarks.timing import save
+from benchmarks.machine import save
 
 
 def make_text(sequences):

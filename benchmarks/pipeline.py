@@ -1,127 +1,190 @@
-"""What a store's rows cost beside a plain training step: ``python -m benchmarks.pipeline``.
+"""What a store's rows cost beside a training step: ``python -m benchmarks.pipeline [--case A] [--sketch 16]``.
 
-A Llama (hidden 768, 2 layers) over batches of 8 × 128 tokens. Baselines: forward and backward with all weight
-gradients ("full"), and the same with only the embedding requiring one ("frozen"). Every correction is checked
+Lines: "full", forward and backward with all weight gradients, as an ordinary loop has them; "frozen", the same with
+only the embedding requiring one; "matmuls", the products alone that the engine's pass cannot avoid, into memory that is
+there already; "lean", the engine's own pass with taps that do nothing; then rows under every correction, each checked
 against the definition before it is timed.
 """
 
 import argparse
+from functools import partial
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
+from torch import nn
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
-from trackstar.examples import Encoded
-from trackstar.losses import nll
+from trackstar.examples import Encoded, length_batches
 from trackstar.modules import select_modules
-from trackstar.passes import rows_of
+from trackstar.passes import BATCH_TOKENS, evaluating, rows_of, run_batch
 from trackstar.second_moments import SecondMoments
 from trackstar.spec import SketchSpec
+from trackstar.tap import GradientTap
 
-from benchmarks.timing import interleaved, machine, ratio, save, summary
+from benchmarks.machine import describe, save
+from benchmarks.models import CASES, training_step
+from benchmarks.targets import compare
+from benchmarks.timing import Run, excess, interleaved, ratio, summary
 
-BATCH, TOKENS = 8, 128
-
-
-def make_model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=8192,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=2,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        max_position_embeddings=TOKENS,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def make_batch():
-    ids = torch.randint(0, 8192, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    return [
-        Encoded(str(i), "", row.numpy().astype("int32"), row.numpy().astype("int32"))
-        for i, row in enumerate(ids)
-    ]
-
-
-def training_step(model, batch, frozen):
-    """Forward and backward as a training loop has it."""
-    ids = torch.stack([torch.from_numpy(example.tokens).long() for example in batch])
-    embedding = model.get_input_embeddings().weight
-    for parameter in model.parameters():
-        parameter.requires_grad_(not frozen or parameter is embedding)
-        parameter.grad = None
-    nll(model(input_ids=ids, use_cache=False).logits, ids).backward()
-
-
-def check(model, batch, spec, correction: Correction | None):
-    """Compare one example's row with the definition: every weight gradient, corrected, then sketched."""
-    training_step(model, batch[:1], frozen=False)
-    wanted = []
-    for name, module in select_modules(model).items():
-        gradient = module.weight.grad.double()
-        if correction is not None:
-            exact = correction.scales.get(name)
-            gradient = gradient * (
-                correction.factors[name][0].T @ correction.factors[name][1] if exact is None else exact
-            )
-        left, right = spec.projections(name, gradient.shape[1], gradient.shape[0])
-        wanted.append((left.double() @ gradient @ right.double().T).flatten())
-    got = rows_of(model, batch, GradientCollector(model, spec, correction))[0].double()
-    error = (got - torch.stack(wanted)).norm() / torch.stack(wanted).norm()
-    if error > 2e-4:
-        raise SystemExit(f"rows differ from the definition by {error:.2e}: not timing a wrong result")
+TOLERANCE = 1e-4  # relative, Frobenius, of an example's row: both sides are float32 passes of one model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--sketch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--sketch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
-    model, batch, spec = make_model(), make_batch(), SketchSpec(sketch=arguments.sketch)
-    second = SecondMoments.estimate(model, [{"input_ids": example.tokens.tolist()} for example in batch])
-    corrections = {
-        "none": None,
-        "rank-1": second.correction("rank", rank=1),
-        "rank-4": second.correction("rank", rank=4),
-        "exact": second.correction("exact"),
-    }
-    for correction in corrections.values():
-        check(model, batch, spec, correction)
-    collectors = {
-        name: GradientCollector(model, spec, correction) for name, correction in corrections.items()
-    }
+    print(describe())
+    for name in arguments.case:
+        lines = measure(name, arguments.sketch, arguments.rounds)
+        targets = compare(reached(name, lines)) if arguments.threads == 1 else []
+        print(f"written: {save(f'pipeline-{name}', {'lines': lines, 'targets': targets})}")
 
-    def collect(collector):
-        return lambda: rows_of(model, batch, collector)
 
-    candidates = {
-        "full": lambda: training_step(model, batch, frozen=False),
-        "frozen": lambda: training_step(model, batch, frozen=True),
-    } | {name: collect(collector) for name, collector in collectors.items()}
-    seconds = interleaved(candidates, arguments.rounds)
-    table = Table(
-        title=f"Llama h768/2L, {BATCH}×{TOKENS}, p={arguments.sketch}, {arguments.threads} thread(s)"
+def measure(name: str, sketches: list[int], rounds: int) -> dict[str, dict[str, object]]:
+    """Check and time one model, print its table and return the lines."""
+    case = CASES[name]
+    model, ids = case.model(), case.ids()
+    batch = as_examples(ids)
+    seconds = interleaved(
+        {
+            "full": lambda: training_step(model, ids),
+            "frozen": lambda: training_step(model, ids, frozen=True),
+            "matmuls": matmuls(model, ids.numel()),
+            "lean": lean(model, batch),
+            **collections(model, ids, batch, sketches),
+        },
+        rounds,
     )
-    for column in ("case", "seconds", "p20–p80", "÷ full", "÷ frozen"):
-        table.add_column(column, justify="right" if column != "case" else "left")
-    cases = []
-    for name, measured in seconds.items():
-        stats = summary(measured)
-        against = [ratio(measured, seconds[base]) for base in ("full", "frozen")]
-        spread = f"{stats['p20']:.3f}–{stats['p80']:.3f}"
-        table.add_row(name, f"{stats['median']:.3f}", spread, f"{against[0]:.3f}", f"{against[1]:.3f}")
-        cases.append({"case": name, "seconds": stats, "of full": against[0], "of frozen": against[1]})
-    console = Console()
-    console.print(table)
-    console.print(machine())
-    console.print(f"written: {save('pipeline', cases)}")
+    print(f"\n{name}: {case.description}")
+    print(f"{'':<22} {'seconds':>8} {'p20–p80':>13} {'÷ full':>7} {'÷ frozen':>8} {'above lean':>10}")
+    lines = {}
+    for line, measured in seconds.items():
+        figures = summary(measured)
+        of_full, of_frozen = (ratio(measured, seconds[base]) for base in ("full", "frozen"))
+        above = excess(measured, seconds["lean"], seconds["full"])
+        spread = f"{figures['p20']:.3f}–{figures['p80']:.3f}"
+        print(
+            f"{line:<22} {figures['median']:>8.3f} {spread:>13} {of_full:>7.3f} {of_frozen:>8.3f} {above:>10.3f}"
+        )
+        lines[line] = {
+            "seconds": figures,
+            "of full": of_full,
+            "of frozen": of_frozen,
+            "above lean": above,
+        }
+    return lines
+
+
+def as_examples(ids: torch.Tensor) -> list[Encoded]:
+    return [Encoded(str(i), "", row, row) for i, row in enumerate(ids.int().numpy())]
+
+
+def lean(model: nn.Module, batch: list[Encoded]) -> Run:
+    """The engine's own pass, in the batches that rows_of forms, which shows every gradient to nobody."""
+    modules = select_modules(model)
+    parts = [[batch[i] for i in part] for part in length_batches([len(row) for row in batch], BATCH_TOKENS)]
+
+    def run() -> None:
+        with evaluating(model), GradientTap(modules, lambda name, activations, output_grads: None):
+            for part in parts:
+                run_batch(model, part)
+
+    return run
+
+
+def matmuls(model: nn.Module, tokens: int) -> Run:
+    """Every linear layer's product forward, and backward where something before it is captured; no attention."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    widths = {width for module in linear.values() for width in module.weight.shape}
+    given = {width: torch.randn(tokens, width) for width in widths}
+    out = {width: torch.empty(tokens, width) for width in widths}
+    factors = []
+    for name, module in linear.items():
+        weight = module.weight.detach()
+        factors.append(weight.T)
+        if not name.endswith(tuple(f"layers.0.self_attn.{which}_proj" for which in "qkv")):
+            factors.append(weight)
+
+    def run() -> None:
+        for factor in factors:
+            torch.mm(given[factor.shape[0]], factor, out=out[factor.shape[1]])
+
+    return run
+
+
+def corrections(model: nn.Module, ids: torch.Tensor) -> dict[str, tuple[str, Correction | None]]:
+    """Kind of sketch and correction of every form, with second moments of the batch itself."""
+    second = SecondMoments.estimate(model, [{"input_ids": row} for row in ids.tolist()])
+    exact = second.correction("exact")
+    return {
+        "none": ("rademacher", None),
+        "rank-1": ("rademacher", second.correction("rank", rank=1)),
+        "rank-4": ("rademacher", second.correction("rank", rank=4)),
+        "exact": ("rademacher", exact),
+        "exact countsketch": ("countsketch", exact),
+    }
+
+
+def collections(
+    model: nn.Module, ids: torch.Tensor, batch: list[Encoded], sketches: list[int]
+) -> dict[str, Run]:
+    """Rows of the batch under every correction and sketch, checked."""
+    gradients = {i: full_gradients(model, ids[i : i + 1]) for i in (0, len(ids) - 1)}
+    forms = corrections(model, ids)
+    runs = {}
+    for sketch in sketches:
+        for form, (kind, correction) in forms.items():
+            spec = SketchSpec(sketch=sketch, kind=kind)
+            run = partial(rows_of, model, batch, GradientCollector(model, spec, correction))
+            rows = run().double()
+            for i, whole in gradients.items():
+                wanted = define(whole, spec, correction)
+                error = ((rows[i] - wanted).norm() / wanted.norm()).item()
+                if not error < TOLERANCE:
+                    raise SystemExit(f"{form} p{sketch} is wrong: example {i} has relative error {error:.1e}")
+            runs[f"{form} p{sketch}"] = run
+    return runs
+
+
+def full_gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{module: ∇ of one example's summed loss (O, I)}, from an ordinary backward pass."""
+    training_step(model, ids)
+    predictions = ids.shape[1] - 1  # the loop's loss is a mean over them
+    return {name: module.weight.grad.double() * predictions for name, module in select_modules(model).items()}
+
+
+def define(
+    gradients: dict[str, torch.Tensor], spec: SketchSpec, correction: Correction | None
+) -> torch.Tensor:
+    """The row (L, d) in float64: correct every gradient, then project it from both sides."""
+    blocks = []
+    for name, gradient in gradients.items():
+        left, right = spec.projections(name, *reversed(gradient.shape))
+        if correction is not None and correction.kind == "exact":
+            gradient = gradient * correction.scales[name]
+        elif correction is not None:
+            u, v = correction.factors[name]
+            gradient = gradient * (u.T.double() @ v.double())
+        blocks.append((left.double() @ gradient @ right.double().T).flatten())
+    return torch.stack(blocks)
+
+
+def reached(name: str, lines: dict[str, dict[str, object]]) -> dict[str, float]:
+    """The case's ratios that have targets, as far as they were measured."""
+    found = {f"lean ÷ full, {name}": lines["lean"]["of full"]}
+    if "none p16" in lines:
+        for form in ("none", "rank-1", "rank-4"):
+            found[f"{form} p16 above lean, {name}"] = lines[f"{form} p16"]["above lean"]
+        found[f"exact p16 ÷ full, {name}"] = lines["exact p16"]["of full"]
+    if name == "A" and "exact p64" in lines:
+        either = (lines[f"{form} p64"]["of full"] for form in ("exact", "exact countsketch"))
+        found["exact p64 ÷ full, A, the better sketch"] = min(either)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Every benchmark, each in a process of its own: ``make bench`` or ``python -m benchmarks.run``."""
+"""Every benchmark that needs no download, each in its own process: ``make bench``, ``python -m benchmarks.run``."""
 
 import subprocess
 import sys
 
-BENCHMARKS = ("gradient", "scoring", "pipeline", "correction")
+BENCHMARKS = ("gradient", "scoring", "pipeline", "threads", "correction")
 
 
 def main() -> None:

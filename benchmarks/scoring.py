@@ -11,7 +11,8 @@ from statistics import median
 import torch
 
 import trackstar_kernels as tk
-from benchmarks.timing import ceilings, interleaved, ratio, save
+from benchmarks.machine import ceilings, save
+from benchmarks.timing import interleaved, ratio
 from trackstar_kernels import _C
 
 L, d = 16, 256

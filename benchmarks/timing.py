@@ -1,36 +1,61 @@
-"""Timing that survives a noisy machine: all candidates in one process, in turn, medians of the rounds."""
+"""Timing that survives a noisy machine: all candidates in one process, in turn, medians of the rounds.
 
-import json
-import os
-import platform
+Needs torch alone, so that a peer's environment can use it too.
+"""
+
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
-import trackstar_kernels
-from trackstar_kernels import _C
+Name = TypeVar("Name", bound=Hashable)
+Run = Callable[[], object]
 
-RESULTS = Path(__file__).parent / "results"
+FLUSHED = 256 << 20
+"""Bytes written before a CUDA run: more than any cache holds, and time enough for the run's launches to queue up."""
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after one that is not counted.
+def interleaved(candidates: Mapping[Name, Run], rounds: int, device: str = "cpu") -> dict[Name, list[float]]:
+    """Seconds of every candidate in every round, after one round that is not counted.
 
-    A round runs each candidate once, in the order given. On one thread the clock is the thread's own processor
-    time, which leaves out other processes' turns; with more it is the wall's.
+    A round runs each candidate once, forwards and backwards by turns, so that a machine that slows down during a
+    round disfavours nobody. On the CPU and one thread the clock is the thread's own processor time, which leaves out
+    other processes' turns; with more threads it is the wall's; on CUDA it is the device's own.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    measure = _stopwatch(device)
+    seconds: dict[Name, list[float]] = {name: [] for name in candidates}
     for number in range(1 + rounds):
-        for name, run in candidates.items():
-            began = clock()
-            run()
+        for name in reversed(candidates) if number % 2 else candidates:
+            taken = measure(candidates[name])
             if number > 0:
-                seconds[name].append(clock() - began)
+                seconds[name].append(taken)
     return seconds
+
+
+def _stopwatch(device: str) -> Callable[[Run], float]:
+    if device == "cuda":
+        flushed = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def on_device(run: Run) -> float:
+            flushed.zero_()
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return on_device
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def on_host(run: Run) -> float:
+        began = clock()
+        run()
+        return clock() - began
+
+    return on_host
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -48,43 +73,6 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
-def ceilings() -> dict[str, float]:
-    """What this machine can do with the threads in force: sgemm GFLOP/s and read GB/s."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    out = torch.empty(1024, 1024)
-    gemm = min(interleaved({"": lambda: torch.mm(a, b, out=out)}, 15)[""])
-    # Larger than any cache here; an 8-row product reads faster than a sum, which is bound by its additions.
-    rows, queries = torch.randn(32_768, 4096), torch.randn(4096, 1)
-    read = min(interleaved({"": lambda: torch.mm(rows, queries)}, 5)[""])
-    return {"sgemm GFLOP/s": 2 * 1024**3 / gemm / 1e9, "read GB/s": rows.nbytes / read / 1e9}
-
-
-def machine() -> dict[str, object]:
-    """What a figure depends on."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": _C.isa(),
-        "torch": torch.__version__,
-        "backends": trackstar_kernels.available_backends(),
-        "ceilings": ceilings(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
-def save(name: str, cases: object) -> Path:
-    """Write a benchmark's cases, with the machine they ran on, as JSON under benchmarks/results/."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
-    return path
+def excess(seconds: list[float], base: list[float], unit: list[float]) -> float:
+    """Median over the rounds of (seconds − base) / unit."""
+    return statistics.median((a - b) / c for a, b, c in zip(seconds, base, unit, strict=True))

@@ -1,0 +1,30 @@
+"""How the measured ratios stand to what gradient capture is meant to reach, on one thread of a CPU."""
+
+TARGETS = {
+    "lean ÷ full, A": (0.68, 0.62),
+    "lean ÷ full, B": (0.60, 0.55),
+    "none p16 above lean, A": (0.015, 0.007),
+    "none p16 above lean, B": (0.015, 0.007),
+    "rank-1 p16 above lean, A": (0.015, 0.007),
+    "rank-1 p16 above lean, B": (0.015, 0.007),
+    "rank-4 p16 above lean, A": (0.03, 0.015),
+    "rank-4 p16 above lean, B": (0.03, 0.015),
+    "exact p16 ÷ full, A": (0.97, 0.90),
+    "exact p16 ÷ full, B": (0.69, 0.65),
+    "exact p64 ÷ full, A, the better sketch": (0.97, 0.91),
+    "exact ÷ bmm, T 512 p 16, worst shape": (1.15, 1.06),
+    "exact countsketch ÷ bmm, worst of all": (1.10, 1.02),
+}
+"""What must be reached, and what would be a record; at most, each."""
+
+
+def compare(reached: dict[str, float]) -> list[dict[str, object]]:
+    """Print the targets that were measured beside their limits, and return them for JSON."""
+    print(f"\n{'target':<42} {'reached':>7}  {'must':>7} {'record':>7}")
+    rows = []
+    for name, value in reached.items():
+        must, record = TARGETS[name]
+        verdict = "record" if value <= record else "reached" if value <= must else "missed"
+        print(f"{name:<42} {value:>7.3f}  ≤ {must:<5.3f} ≤ {record:<5.3f}  {verdict}")
+        rows.append({"target": name, "reached": value, "must reach": must, "record": record})
+    return rows
