@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from trackstar import build, collector, lean
 
-from benchmarks.timing import machine, save
+from benchmarks.machine import describe, save
 
 
 class Clock:
@@ -55,6 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
+    print(describe())
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     source = trackstar.open_store(arguments.store)
@@ -88,7 +89,6 @@ def main() -> None:
         table.add_row(name, f"{seconds:.2f}", f"{seconds / total:.1%}")
     console = Console()
     console.print(table)
-    console.print(machine())
     console.print(f"written: {save('build', dict(clock.seconds))}")
 
 

@@ -14,9 +14,10 @@ import transformers
 from torch import nn
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
-from trackstar.examples import Encoded, length_batches
+from trackstar.examples import Encoded
+from trackstar.lean import LeanPass
 from trackstar.modules import select_modules
-from trackstar.passes import BATCH_TOKENS, evaluating, rows_of, run_batch
+from trackstar.passes import BATCH_TOKENS, rows_of
 from trackstar.second_moments import SecondMoments
 from trackstar.spec import SketchSpec
 from trackstar.tap import GradientTap
@@ -87,12 +88,14 @@ def as_examples(ids: torch.Tensor) -> list[Encoded]:
 def lean(model: nn.Module, batch: list[Encoded]) -> Run:
     """The engine's own pass, in the batches that rows_of forms, which shows every gradient to nobody."""
     modules = select_modules(model)
-    parts = [[batch[i] for i in part] for part in length_batches([len(row) for row in batch], BATCH_TOKENS)]
+    one = LeanPass(model, modules.values())
+    lengths = [len(example) for example in batch]
+    parts = [[batch[i] for i in part] for part in one.batches(lengths, BATCH_TOKENS)]
 
     def run() -> None:
-        with evaluating(model), GradientTap(modules, lambda name, activations, output_grads: None):
+        with one, GradientTap(modules, lambda name, activations, output_grads: None):
             for part in parts:
-                run_batch(model, part)
+                one.run(one.arrange(part))
 
     return run
 
@@ -136,11 +139,12 @@ def collections(
     """Rows of the batch under every correction and sketch, checked."""
     gradients = {i: full_gradients(model, ids[i : i + 1]) for i in (0, len(ids) - 1)}
     forms = corrections(model, ids)
+    one = LeanPass(model, select_modules(model).values())
     runs = {}
     for sketch in sketches:
         for form, (kind, correction) in forms.items():
             spec = SketchSpec(sketch=sketch, kind=kind)
-            run = partial(rows_of, model, batch, GradientCollector(model, spec, correction))
+            run = partial(rows_of, one, batch, GradientCollector(model, spec, correction))
             rows = run().double()
             for i, whole in gradients.items():
                 wanted = define(whole, spec, correction)

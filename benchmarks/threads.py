@@ -15,6 +15,7 @@ import torch
 import transformers
 from trackstar.collector import GradientCollector
 from trackstar.examples import Encoded
+from trackstar.lean import LeanPass
 from trackstar.passes import rows_of
 from trackstar.second_moments import SecondMoments
 
@@ -78,9 +79,10 @@ def serve(threads: int) -> None:
     model, examples = case.model(), ragged(case.config["vocab_size"])
     second = SecondMoments.estimate(model, [{"input_ids": examples[0].tokens.tolist()}])
     collector = GradientCollector(model, correction=second.correction("exact"))
+    one = LeanPass(model, collector.modules.values())
     for _ in sys.stdin:
         began = time.perf_counter()
-        rows_of(model, examples, collector)
+        rows_of(one, examples, collector)
         print(time.perf_counter() - began, flush=True)
 
 
