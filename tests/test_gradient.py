@@ -1,7 +1,10 @@
 """project_gradients against its definition, and the promises of its docstring."""
 
 import itertools
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,6 +410,38 @@ def test_bad_input(replaced, error, message):
     }
     with pytest.raises(error, match=message):
         project_gradients(**arguments | replaced)
+
+
+PEAK = """
+import sys
+import torch
+from trackstar_kernels import project_gradients, projection_matrix
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+kind, batch, features = sys.argv[1], int(sys.argv[2]), 1024
+torch.set_num_threads(1)
+x, delta = torch.ones(2, batch, 64, features)
+left = projection_matrix(16, features, seed=0, stream=0, kind=kind)
+right, scale = torch.ones(16, features), torch.ones(features, features)
+project_gradients(x[:1, :1], delta[:1, :1], left, right, scale=scale)  # load everything once
+before = peak()
+project_gradients(x, delta, left, right, scale=scale)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's peak memory of a process")
+@pytest.mark.parametrize("kind", ["rademacher", "countsketch"])
+def test_memory_does_not_grow_with_the_batch(kind):
+    few, many = (
+        int(subprocess.check_output([sys.executable, "-c", PEAK, kind, str(batch)])) for batch in (8, 64)
+    )
+    gradient = 1024 * 1024 * 4
+    assert few < 8 * gradient
+    assert many - few < gradient
 
 
 def test_cpu_kernel_refuses_float64():
