@@ -54,6 +54,12 @@ Projection::Projection(const GradientBatch& batch, float* out, int threads)
       of_element_(kernels_.of_element[static_cast<int>(batch.element)]),
       padded_p_(round_up(batch.p, kernels_.columns)) {}
 
+int64_t Projection::block_for_threads(int64_t size, int64_t block) const {
+  const int64_t tasks = threads_ == 1 ? 0 : 4 * threads_, least = block / 4;
+  while (block > least && size < tasks * block) block /= 2;
+  return block;
+}
+
 void Projection::write(int64_t example, int64_t row, const float* strip, bool add) const {
   for (int64_t i = row; i < std::min(row + kernels_.rows, x_.q); ++i, strip += padded_p_) {
     float* to = out_ + (example * x_.q + i) * x_.p;

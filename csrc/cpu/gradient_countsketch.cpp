@@ -24,10 +24,10 @@ class CountSketchProjection : ScaledProjection {
       const Range run = pieces_of(wave);
 #pragma omp for collapse(2) schedule(dynamic) nowait
       for (int64_t i = run.begin; i < run.end; ++i) {
-        for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
+        for (int64_t column = 0; column < x_.in_features; column += column_block_) {
           const auto& [example, begin, tokens, first] = pieces_[i];
           of_element_.pack_b(at(x_.activations, begin * x_.in_features + column), x_.in_features, tokens,
-                             std::min(kColumnBlock, x_.in_features - column),
+                             std::min(column_block_, x_.in_features - column),
                              columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1)),
                              kernels_.columns * (tokens + 1));
         }
@@ -44,7 +44,7 @@ class CountSketchProjection : ScaledProjection {
       }
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t part = wave.begin; part < wave.end; ++part) {
-        for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
+        for (int64_t column = 0; column < x_.in_features; column += column_block_) {
           add_columns(parts_[part], column, run, rows, columns, sums);
         }
       }
@@ -58,10 +58,10 @@ class CountSketchProjection : ScaledProjection {
   }
 
  private:
-  // Columns [column, column + kColumnBlock) of S for every piece of a part.
+  // Columns [column, column + column_block_) of S for every piece of a part.
   void add_columns(const Range& part, int64_t column, const Range& run, const Buffer& rows,
                    const Buffer& columns, const Buffer& sums) const {
-    const int64_t n = std::min(kColumnBlock, x_.in_features - column);
+    const int64_t n = std::min(column_block_, x_.in_features - column);
     for (int64_t i = part.begin; i < part.end; ++i) {
       float* to = sums.at((i - run.begin) * sums_size_ + column);
       for (int64_t q = 0; q < x_.rank * padded_q_; ++q) {
@@ -107,6 +107,7 @@ class CountSketchProjection : ScaledProjection {
   }
 
   const std::vector<Bucket>& buckets_;
+  const int64_t column_block_ = block_for_threads(x_.in_features, kColumnBlock);
   const int64_t padded_in_ = round_up(x_.in_features, kernels_.columns);
   const int64_t padded_out_ = round_up(x_.out_features, kRowBlock);
   const int64_t padded_q_ = round_up(x_.q, kernels_.rows);

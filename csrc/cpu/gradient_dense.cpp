@@ -36,7 +36,7 @@ class DenseProjection : ScaledProjection {
       }
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t part = wave.begin; part < wave.end; ++part) {
-        for (int64_t row = 0; row < x_.out_features; row += kRowBlock) {
+        for (int64_t row = 0; row < x_.out_features; row += row_block_) {
           contract_rows(parts_[part], row, run, columns, half, scratch);
         }
       }
@@ -50,10 +50,10 @@ class DenseProjection : ScaledProjection {
   }
 
  private:
-  // Rows [row, row + kRowBlock) of H for every piece of a part.
+  // Rows [row, row + row_block_) of H for every piece of a part.
   void contract_rows(const Range& part, int64_t row, const Range& run, const Buffer& columns,
                      const Buffer& half, float* scratch) const {
-    const int64_t rows = std::min(kRowBlock, x_.out_features - row);
+    const int64_t rows = std::min(row_block_, x_.out_features - row);
     float* const block = scratch;
     float* const deltas = scratch + kRowBlock * kColumnBlock;
     for (int64_t i = part.begin; i < part.end; ++i) {
@@ -103,6 +103,7 @@ class DenseProjection : ScaledProjection {
     write(piece.example, row, strip, !piece.first);
   }
 
+  const int64_t row_block_ = block_for_threads(x_.out_features, kRowBlock);
   const int64_t padded_in_ = round_up(x_.in_features, kernels_.columns);
   const int64_t padded_out_ = round_up(x_.out_features, kRowBlock);
   const int64_t padded_q_ = round_up(x_.q, kernels_.rows);

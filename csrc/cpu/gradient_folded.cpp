@@ -35,7 +35,7 @@ class FoldedProjection : Projection {
     {
       float* scratch = scratch_[this_thread()].at(0);
 #pragma omp for schedule(dynamic)
-      for (int64_t token = 0; token < tokens_; token += kRowBlock) {
+      for (int64_t token = 0; token < tokens_; token += token_block_) {
         sketch(x_.output_grads, left_, token,
                {grad_sketches_.at(token * grad_row_), kernels_.columns, grad_row_}, scratch);
         sketch(x_.activations, right_, token,
@@ -51,10 +51,10 @@ class FoldedProjection : Projection {
   }
 
  private:
-  // Sketches of tokens [token, token + kRowBlock) of a matrix.
+  // Sketches of tokens [token, token + token_block_) of a matrix.
   void sketch(const void* matrix, const TokenSketch& sketch, int64_t token, Product::C c,
               float* scratch) const {
-    const int64_t tokens = std::min(kRowBlock, tokens_ - token), features = sketch.features;
+    const int64_t tokens = std::min(token_block_, tokens_ - token), features = sketch.features;
     if (!sketch.buckets.empty()) {
       of_element_.sketch({at(matrix, token * features), features, tokens, features, x_.rank, sketch.padded,
                           sketch.buckets.data(), features, c, scratch});
@@ -98,6 +98,7 @@ class FoldedProjection : Projection {
   static constexpr int64_t kChunkRow = kDepth + 16;
 
   const int64_t tokens_ = x_.offsets[x_.batch], padded_tokens_ = round_up(tokens_, kernels_.rows);
+  const int64_t token_block_ = block_for_threads(tokens_, kRowBlock);
   const TokenSketch left_, right_;
   // The last tile of rows may read beyond the last sketch.
   const int64_t grad_row_ = x_.rank * left_.padded + kernels_.rows;

@@ -10,7 +10,7 @@
 
 namespace trackstar {
 
-// Blocks are whole tiles at every level, and an X panel of kDepth tokens fits in L1.
+// Blocks and quarters of them are whole tiles at every level, and an X panel of kDepth tokens fits in L1.
 constexpr int64_t kRowBlock = 96;
 constexpr int64_t kColumnBlock = 192;
 constexpr int64_t kDepth = 256;  // most terms of one chain of additions
@@ -45,6 +45,10 @@ class Projection {
   const void* at(const void* matrix, int64_t index) const {
     return static_cast<const char*>(matrix) + index * (x_.element == Element::float32 ? 4 : 2);
   }
+
+  // The size of blocks to cut `size` into: `block`, or down to a quarter of it where some threads would idle.
+  // The blocks of tasks are no part of any sum, so results do not depend on it.
+  int64_t block_for_threads(int64_t size, int64_t block) const;
 
   // Rows [row, row + kernels_.rows) of one example's result, from a strip with rows of padded_p_.
   void write(int64_t example, int64_t row, const float* strip, bool add) const;
