@@ -22,20 +22,23 @@ transformers.logging.set_verbosity_error()
 VOCABULARY = 97
 
 
+# Grouped queries: 4 heads, 2 key–value heads.
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
 def make_llama(**changes):
-    """Grouped queries (4 heads, 2 key–value heads) and tied embeddings."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 44,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    } | changes
+    """Grouped queries and tied embeddings."""
+    config = SIZES | {"tie_word_embeddings": True} | changes
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import trackstar
 import transformers
-from conftest import FAMILIES, VOCABULARY, explicit_rows, make_examples, make_llama, relative_error
+from conftest import FAMILIES, SIZES, VOCABULARY, explicit_rows, make_examples, make_llama, relative_error
 from torch import nn
 from trackstar import GradientCollector, SketchSpec, lean
 from trackstar.examples import encode_examples
@@ -17,19 +17,6 @@ from trackstar.tap import GradientTap
 TOLERANCE = 2e-4
 LENGTHS = (5, 9, 17, 3, 30, 2, 12, 9)
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "head_dim": 8,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 KEPT = "the logits of the whole batch are kept"
 PADDED = "batches are padded"
 TRANSFORMED = f"{KEPT}: its logits are not the plain product of hidden states and output embedding"
@@ -49,7 +36,7 @@ ODD_ONES = {
 def make_odd(name):
     changes, skipped = ODD_ONES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | changes)
+    config = getattr(transformers, f"{name}Config")(**SIZES | {"head_dim": 8, "pad_token_id": None} | changes)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval(), skipped
 
 

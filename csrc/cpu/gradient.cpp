@@ -68,7 +68,7 @@ void Projection::write(int64_t example, int64_t row, const float* strip, bool ad
 }
 
 ScaledProjection::ScaledProjection(const GradientBatch& batch, float* out, int threads, int64_t tasks_of_part)
-    : Projection(batch, out, threads) {
+    : Projection(batch, out, threads), padded_in_(round_up(batch.in_features, kernels_.columns)) {
   const int64_t parts_of_wave = std::max<int64_t>(1, 4 * threads_ / tasks_of_part);
   for (int64_t example = 0; example < x_.batch; ++example) {
     const int64_t start = x_.offsets[example], end = x_.offsets[example + 1];
@@ -88,6 +88,14 @@ ScaledProjection::ScaledProjection(const GradientBatch& batch, float* out, int t
       }
     }
   }
+}
+
+void ScaledProjection::pack_columns(int64_t piece, int64_t column, const Range& run,
+                                    const Buffer& columns) const {
+  const auto& [example, begin, tokens, first] = pieces_[piece];
+  of_element_.pack_b(at(x_.activations, begin * x_.in_features + column), x_.in_features, tokens,
+                     std::min(kColumnBlock, x_.in_features - column),
+                     packed_columns(piece, column, run, columns), kernels_.columns * (tokens + 1));
 }
 
 int64_t ScaledProjection::most_rows() const {

@@ -25,11 +25,7 @@ class CountSketchProjection : ScaledProjection {
 #pragma omp for collapse(2) schedule(dynamic) nowait
       for (int64_t i = run.begin; i < run.end; ++i) {
         for (int64_t column = 0; column < x_.in_features; column += column_block_) {
-          const auto& [example, begin, tokens, first] = pieces_[i];
-          of_element_.pack_b(at(x_.activations, begin * x_.in_features + column), x_.in_features, tokens,
-                             std::min(column_block_, x_.in_features - column),
-                             columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1)),
-                             kernels_.columns * (tokens + 1));
+          pack_columns(i, column, run, columns);
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -74,7 +70,7 @@ class CountSketchProjection : ScaledProjection {
         const int64_t tokens = pieces_[i].tokens, steps = steps_of(tokens),
                       offset = row_of(i) - row_of(run.begin);
         const float* rows_of_piece = rows.at(offset * padded_out_ + row * (tokens + 1));
-        const float* columns_of_piece = columns.at(offset * padded_in_ + column * (tokens + 1));
+        const float* columns_of_piece = packed_columns(i, column, run, columns);
         for (int64_t t = 0; t < steps; t += kDepth) {
           const Tiles::A a = {rows_of_piece + t * kernels_.rows, kernels_.rows * (tokens + 1), 1,
                               kernels_.rows};
@@ -108,7 +104,6 @@ class CountSketchProjection : ScaledProjection {
 
   const std::vector<Bucket>& buckets_;
   const int64_t column_block_ = block_for_threads(x_.in_features, kColumnBlock);
-  const int64_t padded_in_ = round_up(x_.in_features, kernels_.columns);
   const int64_t padded_out_ = round_up(x_.out_features, kRowBlock);
   const int64_t padded_q_ = round_up(x_.q, kernels_.rows);
   // An odd number of cache lines: rows of a power of two would all fall on the same cache sets.

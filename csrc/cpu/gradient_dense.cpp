@@ -27,11 +27,7 @@ class DenseProjection : ScaledProjection {
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t i = run.begin; i < run.end; ++i) {
         for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
-          const auto& [example, begin, tokens, first] = pieces_[i];
-          of_element_.pack_b(at(x_.activations, begin * x_.in_features + column), x_.in_features, tokens,
-                             std::min(kColumnBlock, x_.in_features - column),
-                             columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1)),
-                             kernels_.columns * (tokens + 1));
+          pack_columns(i, column, run, columns);
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -67,8 +63,7 @@ class DenseProjection : ScaledProjection {
       for (int64_t i = part.begin; i < part.end; ++i) {
         const int64_t tokens = pieces_[i].tokens, steps = steps_of(tokens);
         const float* deltas_of_piece = deltas + (row_of(i) - row_of(part.begin)) * kRowBlock;
-        const float* columns_of_piece =
-            columns.at((row_of(i) - row_of(run.begin)) * padded_in_ + column * (tokens + 1));
+        const float* columns_of_piece = packed_columns(i, column, run, columns);
         for (int64_t t = 0; t < steps; t += kDepth) {
           const int64_t k = std::min(kDepth, steps - t);
           const Tiles::A a = {deltas_of_piece + t * kernels_.rows, kernels_.rows * (tokens + 1), 1,
@@ -104,7 +99,6 @@ class DenseProjection : ScaledProjection {
   }
 
   const int64_t row_block_ = block_for_threads(x_.out_features, kRowBlock);
-  const int64_t padded_in_ = round_up(x_.in_features, kernels_.columns);
   const int64_t padded_out_ = round_up(x_.out_features, kRowBlock);
   const int64_t padded_q_ = round_up(x_.q, kernels_.rows);
   const int64_t half_size_ = x_.rank * padded_p_ * padded_out_;  // H of a piece: panels of padded_out_ rows

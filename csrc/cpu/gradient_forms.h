@@ -95,6 +95,14 @@ class ScaledProjection : protected Projection {
   int64_t most_rows() const;
   int64_t most_pieces() const;
 
+  // Where columns [column, column + kColumnBlock) of a piece's X stand, packed, among those of its wave.
+  float* packed_columns(int64_t piece, int64_t column, const Range& run, const Buffer& columns) const {
+    return columns.at((row_of(piece) - row_of(run.begin)) * padded_in_ +
+                      column * (pieces_[piece].tokens + 1));
+  }
+  void pack_columns(int64_t piece, int64_t column, const Range& run, const Buffer& columns) const;
+
+  const int64_t padded_in_;
   std::vector<Piece> pieces_;
   std::vector<Range> parts_, waves_;
 };
