@@ -5,7 +5,7 @@ import torch
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
 from trackstar_kernels._dispatch import implementation, register
 
-BACKENDS = register("project_gradients", {"cpu": ("cpu", "reference"), "cuda": ("reference",)})
+BACKENDS = register("project_gradients", {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")})
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,8 +32,8 @@ def project_gradients(
 
     An example's row depends on its own tokens alone. On one machine it is bit-identical whether the example
     comes by itself, in another batch, padded at its end with rows of zeros, or packed, and with any number of
-    threads (backend "cpu"). NaN and infinity are not looked for: they reach their example's row and no other.
-    An example without tokens gives zeros.
+    threads (backends "cpu" and "triton"). NaN and infinity are not looked for: they reach their example's row
+    and no other. An example without tokens gives zeros.
 
     Args:
         activations: (B, T, I) inputs of the layer; or (ΣT, I), all examples' tokens end to end, with offsets.
@@ -43,7 +43,7 @@ def project_gradients(
         scale: (O, I) or None.
         offsets: (B + 1,) int32 or int64, for packed input only: where each example's tokens begin and, last,
             where they end, ascending from 0 to ΣT. On any device; the values are read on the host.
-        backend: None, "cpu" (float32, bfloat16 or float16) or "reference" (float64 too).
+        backend: None, "cpu" or "triton" (float32, bfloat16 or float16) or "reference" (float64 too).
 
     activations may be float32, bfloat16, float16 or float64; the sketches and scale that dtype or float32.
     All are widened to float32 first, and the sums are in float32; with float64 activations, both in float64.
@@ -53,7 +53,7 @@ def project_gradients(
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype, or the backend does not take the dtype.
-        ValueError: shapes, devices or offsets do not fit, or the backend is unknown.
+        ValueError: shapes, devices or offsets do not fit, or the backend is unknown or not available.
 
     Source: TrackStar, arXiv 2410.17413, section 3 (optimizer correction, two-sided projection).
     """

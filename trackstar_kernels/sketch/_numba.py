@@ -44,7 +44,7 @@ def _fill(out: np.ndarray, table: np.ndarray, bits: int, seed: np.uint64, stream
 
 
 def projection_matrix(
-    rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype
+    rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """See :func:`trackstar_kernels.projection_matrix`."""
     bits, values = (1, np.array([1.0, -1.0])) if kind == "rademacher" else (16, gaussian_quantiles())
@@ -53,4 +53,4 @@ def projection_matrix(
     carrier = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     out = torch.empty(rows, cols, dtype=dtype)
     _fill(out.view(carrier).numpy(), table.view(carrier).numpy(), bits, np.uint64(seed), np.uint64(stream))
-    return out
+    return out.to(device)

@@ -38,7 +38,7 @@ def philox(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
 
 
 def projection_matrix(
-    rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype
+    rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """See :func:`trackstar_kernels.projection_matrix`."""
     bits = {"rademacher": 1, "gaussian": 16}[kind]
@@ -54,4 +54,4 @@ def projection_matrix(
     fields = (words[..., None] >> shifts) & np.uint64(2**bits - 1)
     fields = fields.reshape(rows, -1)[:, :cols].astype(np.int64)
     values = 1.0 - 2.0 * fields if kind == "rademacher" else gaussian_quantiles()[fields]
-    return torch.from_numpy(values * (1 / math.sqrt(rows))).to(dtype)
+    return torch.from_numpy(values * (1 / math.sqrt(rows))).to(device, dtype)
