@@ -6,6 +6,7 @@ Import this before triton: kernels are interpreted or compiled as TRITON_INTERPR
 import contextlib
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,9 @@ def triton_runs(*tables, capability=(9, 0)):
             patch.setattr("trackstar_kernels._dispatch.lacks", lambda backend: None)
             for table in tables:
                 patch.setitem(table, "cpu", (*table["cpu"], "triton"))
-        yield
+        # NaN and infinity are numbers like any other on a GPU.
+        with np.errstate(all="ignore"):
+            yield
 
 
 def _interpret(patch):
@@ -41,32 +44,46 @@ def _interpret(patch):
 
 
 def _dot(builder, a, b, accumulator, precision, max_num_imprecise_acc):
-    """tl.dot as tensor cores compute it: bfloat16 is not its bit pattern, and tf32 has ten bits of mantissa."""
+    """tl.dot as tensor cores compute it: a bfloat16 is not its bit pattern, and tf32 has ten bits of mantissa.
+
+    In tf32x3 the compiler rounds the high parts, and the tensor cores cut off the low ones.
+    """
     from triton.runtime.interpreter import TensorHandle
 
-    wide_a, wide_b = _wide(a), _wide(b)
-    name = str(precision).rpartition(".")[2].lower()
-    if a.data.dtype == "float32" and name != "ieee":
-        high_a, high_b = _tf32(wide_a), _tf32(wide_b)
-        product = high_a @ high_b
-        if name == "tf32x3":
-            product = product + high_a @ _tf32(wide_b - high_b) + _tf32(wide_a - high_a) @ high_b
+    wide_a, wide_b = _widened(a), _widened(b)
+    precision = str(precision).rpartition(".")[2].lower()
+    if a.data.dtype != np.float32 or precision == "ieee":
+        product = _matmul(wide_a, wide_b)
     else:
-        product = wide_a @ wide_b
+        high_a, high_b = _rounded(wide_a), _rounded(wide_b)
+        product = _matmul(high_a, high_b)
+        if precision == "tf32x3":
+            product += _matmul(high_a, _cut(wide_b - high_b)) + _matmul(_cut(wide_a - high_a), high_b)
     return TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
 
 
-def _wide(operand):
+def _matmul(a, b):
+    """a · b, summed in the same order wherever in the tile a row stands; a BLAS does not promise that."""
+    product = np.zeros((len(a), b.shape[1]), np.float32)
+    for column, row in zip(a.T, b, strict=True):
+        product += column[:, None] * row
+    return product
+
+
+def _widened(operand):
     """A dot's operand as float32."""
     import triton.language as tl
 
     if operand.dtype.scalar == tl.bfloat16:
-        return (operand.data.astype("uint32") << 16).view("float32")
-    return operand.data.astype("float32")
+        return (operand.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.ascontiguousarray(operand.data, dtype=np.float32)
 
 
-def _tf32(x):
-    """``x`` with the last 13 bits of its mantissa cut off."""
-    import numpy as np
+def _cut(x):
+    """``x`` without the last 13 bits of its mantissa."""
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
-    return (np.ascontiguousarray(x).view("uint32") & np.uint32(0xFFFFE000)).view("float32")
+
+def _rounded(x):
+    """``x`` rounded to as many bits."""
+    return _cut((x.view(np.uint32) + np.uint32(0x1000)).view(np.float32))

@@ -18,7 +18,7 @@ ENCODE = {
                     "BLOCK_K": 32,
                     "PRECISION": "ieee" if arch == "gfx942" else "tf32x3",
                 },
-                num_warps=4,
+                num_warps=8,
                 num_stages=stages,
             )
             for stages in ((2,) if arch == "gfx942" else (3, 4))
@@ -42,7 +42,10 @@ def encode_rows(
     codes = rows.new_empty(rows.shape, dtype=dtype)
     squared_norms = rows.new_zeros(count, blocks)
     if rows.numel() > 0:
-        ENCODE[(architecture(rows.device),)][lambda meta: (triton.cdiv(count, meta["BLOCK_N"]), blocks)](
-            rows, whiteners, codes, squared_norms, count, size
-        )
+
+        def grid(meta: dict[str, int]) -> tuple[int, int]:
+            return triton.cdiv(count, meta["BLOCK_N"]), blocks
+
+        with torch.cuda.device_of(rows):
+            ENCODE[(architecture(rows.device),)][grid](rows, whiteners, codes, squared_norms, count, size)
     return codes, squared_norms

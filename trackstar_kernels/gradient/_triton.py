@@ -59,6 +59,11 @@ def _stages(arch: str) -> tuple[int, ...]:
     return (2,) if arch == "gfx942" else (3, 4)
 
 
+def _warps(arch: str) -> int:
+    """Without tensor cores that read shared memory, operands fill the registers: more warps share them."""
+    return 8 if arch in ("sm_80", "sm_120") else 4
+
+
 CORRECTED = {
     (arch, itemsize, block_p): _tuned(
         _corrected_kernel, arch, stages, warps, ["in_features", "out_features"],
@@ -68,7 +73,7 @@ CORRECTED = {
 }  # fmt: skip
 SKETCH = {
     (arch, block_s): _tuned(
-        _sketch_kernel, arch, _stages(arch), 4, ["in_features", "out_features"],
+        _sketch_kernel, arch, _stages(arch), _warps(arch), ["in_features", "out_features"],
         BLOCK_T=64, BLOCK_K=32, BLOCK_S=block_s,
     )
     for arch in ARCHITECTURES
@@ -107,12 +112,13 @@ def project_gradients(
         batch, length = activations.shape[:2]
         offsets = torch.arange(batch + 1) * length
         activations, output_grads = activations.flatten(0, 1), output_grads.flatten(0, 1)
-    activations, output_grads = activations.contiguous(), output_grads.contiguous()
+    activations, output_grads, offsets = (t.contiguous() for t in (activations, output_grads, offsets))
     if 0 in (activations.numel(), output_grads.numel(), left.numel(), right.numel()):
         return activations.new_zeros(len(offsets) - 1, left.shape[1], right.shape[1], dtype=torch.float32)
-    if scale is None:
-        return _sketched(activations, output_grads, left, right, offsets)
-    return _corrected(activations, output_grads, left, right, scale.contiguous(), offsets)
+    with torch.cuda.device_of(activations):
+        if scale is None:
+            return _sketched(activations, output_grads, left, right, offsets)
+        return _corrected(activations, output_grads, left, right, scale.contiguous(), offsets)
 
 
 def _sketched(
