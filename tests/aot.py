@@ -2,9 +2,9 @@
 
     python tests/aot.py ARCHITECTURE JOBS
 
-JOBS is a JSON list of jobs, each {"module", "table", "key", "config", "types", "odd"}: one configuration of one entry
-of a table of autotuners, compiled for arguments of the given Triton types. The report, a JSON list on stdout, has
-one object per job. Needs a process without TRITON_INTERPRET.
+JOBS is a JSON list of jobs, each {"module", "table", "key", "config", "types"}: one configuration of one entry of a
+table of autotuners, compiled for arguments of the given Triton types. The report, a JSON list on stdout, has one
+object per job. Needs a process without TRITON_INTERPRET.
 """
 
 import collections
@@ -21,6 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# Multiples of 16 in all models, so that rows can be copied 16 bytes at a time; counts of tokens and rows are not.
+WIDTHS = {"in_features", "out_features", "right_rows", "left_rows", "p", "q", "size"}
 
 # Arithmetic on bfloat16, which Triton's interpreter, our check of the numbers, cannot do.
 NARROW_ARITHMETIC = re.compile(r"(arith\.(add|sub|mul|div|cmp|max|min|maxnum|minnum|neg)f|math\.)[^\n]*bf16")
@@ -39,8 +42,8 @@ def compiled(arch, job):
     names = kernel.arg_names
     signature = {name: job["types"].get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in config.kwargs.items()}
-    # What the launcher finds out about arguments: torch aligns allocations, and widths are multiples of 16.
-    aligned = [name for name, kind in job["types"].items() if kind[0] == "*" or not job["odd"]]
+    # What the launcher finds out about the arguments of a usual call.
+    aligned = [name for name, kind in job["types"].items() if kind[0] == "*" or name in WIDTHS]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
