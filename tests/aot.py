@@ -2,9 +2,9 @@
 
     python tests/aot.py ARCHITECTURE JOBS
 
-JOBS is a JSON list of jobs, each {"module", "table", "key", "config", "types"}: one configuration of one entry of a
-table of autotuners, compiled for arguments of the given Triton types. The report, a JSON list on stdout, has one
-object per job. Needs a process without TRITON_INTERPRET.
+JOBS is a JSON list of jobs, each {"module", "table", "key", "config", "types", "ones"}: one configuration of one entry
+of a table of autotuners, compiled for arguments of the given Triton types, with "ones" for integers that are all 1.
+The report, a JSON list on stdout, has one object per job. Needs a process without TRITON_INTERPRET.
 """
 
 import collections
@@ -40,10 +40,22 @@ def compiled(arch, job):
     tuner = getattr(module, job["table"])[tuple(job["key"])]
     kernel, config = tuner.fn, tuner.configs[job["config"]]
     names = kernel.arg_names
-    signature = {name: job["types"].get(name, "constexpr") for name in names}
-    constants = {(names.index(name),): value for name, value in config.kwargs.items()}
+    values = dict(config.kwargs)
+    if job["ones"]:
+        # The launcher makes a constant of an integer that is 1.
+        values |= {
+            parameter.name: 1
+            for parameter in kernel.params
+            if job["types"].get(parameter.name, "*")[0] != "*" and not parameter.do_not_specialize
+        }
+    signature = {name: "constexpr" if name in values else job["types"][name] for name in names}
+    constants = {(names.index(name),): value for name, value in values.items()}
     # What the launcher finds out about the arguments of a usual call.
-    aligned = [name for name, kind in job["types"].items() if kind[0] == "*" or name in WIDTHS]
+    aligned = [
+        name
+        for name, kind in job["types"].items()
+        if name not in values and (kind[0] == "*" or name in WIDTHS)
+    ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),

@@ -65,6 +65,7 @@ def jobs(arch):
                     "key": key,
                     "config": config,
                     "types": types(tuner, dtype),
+                    "ones": False,
                 }
 
 
@@ -119,6 +120,11 @@ def check(arch, batch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_machine_code(arch):
     check(arch, [job for job in jobs(arch) if in_short(job)])
+
+
+def test_sizes_of_one_compile():
+    """The launcher turns an integer that is 1 into a constant, which has not all of an integer's methods."""
+    compile_all("sm_80", [job | {"ones": True} for job in jobs("sm_80") if in_short(job)])
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def _fields_kernel(
     tl.store(out_ptr + row * cols + col, values, mask=(row < rows) & (col < cols))
 
 
-@triton.jit(do_not_specialize=["seed", "stream"])
+@triton.jit(do_not_specialize=["rows", "seed", "stream"])
 def _countsketch_kernel(
     out_ptr,  # (rows, cols)
     rows,
