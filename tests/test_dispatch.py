@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trackstar_kernels import _dispatch, available_backends
+from trackstar_kernels._architecture import architecture
 
 TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
@@ -70,3 +71,23 @@ def test_unknown_backends_and_devices(op):
         op("numba")
     with pytest.raises(ValueError, match="op runs on cpu, cuda; got tensors on meta"):
         _dispatch.implementation("package", "op", torch.device("meta"), None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_120"),
+        ((8, 9), "sm_120"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_120"),
+    ],
+)
+def test_configurations_of_a_device(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert architecture(torch.device("cuda", 1)) == expected
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert architecture(torch.device("cuda", 1)) == "gfx942"

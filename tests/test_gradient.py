@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_device import DEVICE, TRITON, triton_runs
+from triton_device import DEVICE, HAS_CUDA, TRITON, triton_runs
 
 from trackstar_kernels import _C, available_backends, gradient, project_gradients
+from trackstar_kernels._architecture import ARCHITECTURES
 
 # The cpu backend once for each instruction set level that this machine can run.
 KERNELS = [f"cpu {isa}" for isa in _C.available_isas()]
@@ -152,6 +153,16 @@ def test_matches_definition(kernel, lengths, sizes, form):
     case = Case(lengths, sizes, **form)
     assert_accurate(case, case.run(kernel))
     assert_accurate(case, case.run(kernel, offsets=None, **case.padded()))
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="a device runs its own configurations alone")
+@pytest.mark.parametrize("sizes", [(70, 67, 5, 7), (35, 66, 17, 3)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_configurations_of_every_architecture(arch, dtype, sizes):
+    case = Case([35, 2], sizes, exact=True, dtype=dtype)
+    with triton_runs(gradient.BACKENDS, arch=arch):
+        assert_accurate(case, case.run("triton"))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -20,12 +20,19 @@ TRITON = pytest.param("triton", marks=[pytest.mark.gpu] if HAS_CUDA else [])
 
 
 @contextlib.contextmanager
-def triton_runs(*tables, capability=(9, 0)):
-    """Let backend "triton" of the given backend tables run here: interpreted, on CPU tensors, if need be."""
+def triton_runs(*tables, arch="sm_90"):
+    """Let backend "triton" of the given backend tables run here.
+
+    Without a CUDA device it is interpreted, on CPU tensors, in the configurations of ``arch``.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_CUDA:
             _interpret(patch)
-            patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+            if arch.startswith("gfx"):
+                patch.setattr(torch.version, "hip", "7.0")
+            else:
+                capability = divmod(int(arch.removeprefix("sm_")), 10)
+                patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
             patch.setattr("trackstar_kernels._dispatch.lacks", lambda backend: None)
             for table in tables:
                 patch.setitem(table, "cpu", (*table["cpu"], "triton"))
