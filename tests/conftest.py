@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
+import triton_device  # noqa: F401  (before anything imports triton)
 from hypothesis import settings
 
 # These machines are shared: no test judges time, and every run draws the same cases.

@@ -10,15 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_device import DEVICE, HAS_CUDA, TRITON, triton_runs
 
-from trackstar_kernels import _C, available_backends, project_gradients
+from trackstar_kernels import _C, available_backends, gradient, project_gradients
+from trackstar_kernels._architecture import ARCHITECTURES
 
 # The cpu backend once for each instruction set level that this machine can run.
-BACKENDS = ["reference", *(f"cpu {isa}" for isa in _C.available_isas())]
-KERNELS = BACKENDS[1:]
+KERNELS = [f"cpu {isa}" for isa in _C.available_isas()]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", *KERNELS, TRITON])
 def backend(request):
     yield from level_in_force(request.param)
 
@@ -30,6 +31,10 @@ def kernel(request):
 
 def level_in_force(name):
     """Yield the backend's own name, with its level in force meanwhile."""
+    if name == "triton":
+        with triton_runs(gradient.BACKENDS):
+            yield name
+        return
     backend, *level = name.split()
     before = _C.isa()
     _C.set_isa(*level or [before])
@@ -70,7 +75,11 @@ class Case:
         """The packed call, with some of its arguments replaced."""
         arguments = {"activations": self.activations, "output_grads": self.output_grads}
         arguments |= {"left": self.left, "right": self.right, "scale": self.scale, "offsets": self.offsets}
-        return project_gradients(**arguments | replaced, backend=backend)
+        device = DEVICE if backend == "triton" else "cpu"
+        there = {
+            n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in (arguments | replaced).items()
+        }
+        return project_gradients(**there, backend=backend).cpu()
 
     def example(self, b):
         """Example b's activations and output gradients, as a batch of one."""
@@ -125,6 +134,14 @@ SHAPES = [
     ([2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2], (389, 307, 16, 16)),
     ([40], (100, 100, 130, 129)),
 ]
+# For the interpreter, which takes a millisecond for an operation: a few tiles of each kernel, none of them full.
+TINY = [
+    ([1], (1, 1, 1, 1)),
+    ([5, 0, 3], (7, 5, 3, 2)),
+    ([67, 0, 31], (131, 137, 5, 7)),
+    ([1027, 2], (31, 13, 5, 17)),
+    ([40], (33, 65, 67, 66)),
+]
 FORMS = {
     "plain": {},
     "rank 3": {"rank": 3},
@@ -138,11 +155,28 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize(("lengths", "sizes"), SHAPES)
+@pytest.mark.parametrize(
+    ("kernel", "lengths", "sizes"),
+    [
+        *(pytest.param(kernel, *shape) for kernel in KERNELS for shape in SHAPES),
+        *(pytest.param(*TRITON.values, *shape, marks=TRITON.marks) for shape in TINY),
+    ],
+    indirect=["kernel"],
+)
 def test_matches_definition(kernel, lengths, sizes, form):
     case = Case(lengths, sizes, **form)
     assert_accurate(case, case.run(kernel))
     assert_accurate(case, case.run(kernel, offsets=None, **case.padded()))
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="a device runs its own configurations alone")
+@pytest.mark.parametrize("sizes", [(70, 67, 5, 7), (35, 66, 17, 3)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_configurations_of_every_architecture(arch, dtype, sizes):
+    case = Case([35, 2], sizes, exact=True, dtype=dtype)
+    with triton_runs(gradient.BACKENDS, arch=arch):
+        assert_accurate(case, case.run("triton"))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -189,31 +223,49 @@ def test_any_shape(lengths, sizes, rank, exact, countsketch, level):
         assert_accurate(case, case.run(backend))
 
 
+def assert_rows_depend_on_themselves(case, backend, extra):
+    """Bit for bit: packed, padded, alone or in another batch."""
+    packed = case.run(backend)
+    assert torch.equal(case.run(backend, offsets=None, **case.padded()), packed)
+    assert torch.equal(case.run(backend, offsets=None, **case.padded(extra)), packed)
+    for b, row in enumerate(packed):
+        assert torch.equal(case.run(backend, offsets=None, **case.example(b))[0], row)
+    tail = case.offsets[3]
+    later = {
+        "activations": case.activations[tail:],
+        "output_grads": case.output_grads[tail:],
+        "offsets": (case.offsets[3:] - tail).to(torch.int32),
+    }
+    assert torch.equal(case.run(backend, **later), packed[3:])
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_row_does_not_depend_on_its_company(kernel, form, threads):
     case = Case([3, 260, 1, 16, 0, 2, 17, 5, 1100, 1], (200, 100, 16, 9), **form)
-    packed = case.run(kernel)
     before = torch.get_num_threads()
+    single = case.run(kernel)
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(case.run(kernel), packed)
-        assert torch.equal(case.run(kernel, offsets=None, **case.padded()), packed)
-        assert torch.equal(case.run(kernel, offsets=None, **case.padded(extra=1000)), packed)
-        for b, row in enumerate(packed):
-            assert torch.equal(case.run(kernel, offsets=None, **case.example(b))[0], row)
-        tail = case.offsets[3]
-        later = {
-            "activations": case.activations[tail:],
-            "output_grads": case.output_grads[tail:],
-            "offsets": (case.offsets[3:] - tail).to(torch.int32),
-        }
-        assert torch.equal(case.run(kernel, **later), packed[3:])
+        assert torch.equal(case.run(kernel), single)
+        assert_rows_depend_on_themselves(case, kernel, extra=1000)
     finally:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("backend", [TRITON], indirect=True)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    list(zip(FORMS.values(), [torch.float32, torch.bfloat16] * 4, strict=True)),
+    ids=FORMS,
+)
+def test_row_does_not_depend_on_its_company_on_a_gpu(backend, form, dtype):
+    case = Case([3, 70, 0, 17], (140, 33, 16, 9), **form, dtype=dtype)
+    assert_rows_depend_on_themselves(case, backend, extra=70)
+
+
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kernel", [*KERNELS, TRITON], indirect=True)
 def test_reads_nothing_beyond_its_inputs(kernel, exact):
     """Every input lies between NaNs."""
 
@@ -454,10 +506,11 @@ def test_memory_does_not_grow_with_the_batch(kind):
     assert many - few < gradient
 
 
-def test_cpu_kernel_refuses_float64():
+@pytest.mark.parametrize("kernel", [*KERNELS, TRITON], indirect=True)
+def test_kernels_refuse_float64(kernel):
     case = Case([4], (3, 2, 5, 6), dtype=torch.float64)
     with pytest.raises(TypeError, match="for float64 activations use backend='reference'"):
-        case.run("cpu")
+        case.run(kernel)
 
 
 def test_backends():

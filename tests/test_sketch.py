@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from triton_device import DEVICE, TRITON, triton_runs
 
 from trackstar_kernels import projection_matrix
 from trackstar_kernels.sketch import BACKENDS, KINDS
@@ -29,6 +30,12 @@ GOLDEN_PLACES = [(0, 15675, -1), (1, 29033, 1), (2, 28681, -1)]  # of 2**16 rows
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(params=[*BACKENDS["cpu"], TRITON])
+def backend(request):
+    with triton_runs(BACKENDS):
+        yield request.param
+
+
 def words(hexadecimal):
     return [np.array([int(word, 16)], dtype=np.uint64) for word in hexadecimal.split()]
 
@@ -46,16 +53,16 @@ def test_philox_gives_the_published_known_answers(counter, key, expected):
     assert [int(word[0]) for word in got] == [int(word, 16) for word in expected.split()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS["cpu"])
 def test_golden_entries(backend):
     """The mapping from seeds to matrices is public: stores depend on it for ever."""
-    signs = projection_matrix(2, 9, seed=1, stream=2, backend=backend) * math.sqrt(2)
+    where = {"backend": backend, "device": DEVICE if backend == "triton" else "cpu"}
+    signs = projection_matrix(2, 9, seed=1, stream=2, **where) * math.sqrt(2)
     assert signs.round().tolist() == GOLDEN_SIGNS
-    normal = projection_matrix(1, 4, seed=2**64 - 1, stream=2**64 - 1, kind="gaussian", backend=backend)
+    normal = projection_matrix(1, 4, seed=2**64 - 1, stream=2**64 - 1, kind="gaussian", **where)
     assert [value.hex() for value in normal[0].tolist()] == GOLDEN_NORMAL
-    sparse = projection_matrix(5, 9, seed=1, stream=2, kind="countsketch", backend=backend)
+    sparse = projection_matrix(5, 9, seed=1, stream=2, kind="countsketch", **where)
     assert sparse.tolist() == GOLDEN_ROWS
-    tall = projection_matrix(2**16, 3, seed=2**64 - 1, stream=2**64 - 1, kind="countsketch", backend=backend)
+    tall = projection_matrix(2**16, 3, seed=2**64 - 1, stream=2**64 - 1, kind="countsketch", **where)
     assert [(col, row, tall[row, col]) for col, row in tall.T.nonzero().tolist()] == GOLDEN_PLACES
 
 
@@ -74,6 +81,20 @@ def test_backends_are_bit_identical(kind, rows, cols, seed, stream, dtype):
     assert first.dtype == dtype
     for other in others:
         assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize("backend", [TRITON], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("rows", "cols", "seed", "stream"),
+    [(1, 1, 0, 0), (5, 131, 2**64 - 1, 2**63 + 5), (16, 67, 1, 2**40), (7, 1031, 2**32, 16)],
+)
+def test_the_device_generates_the_same_bits(backend, rows, cols, seed, stream, kind, dtype):
+    options = {"seed": seed, "stream": stream, "kind": kind, "dtype": dtype}
+    got = projection_matrix(rows, cols, **options, device=DEVICE, backend=backend)
+    assert got.device.type == DEVICE
+    assert torch.equal(got.cpu(), projection_matrix(rows, cols, **options, backend="reference"))
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])

@@ -4,7 +4,9 @@ Each op's package holds a literal table, ``{device type: (backend, …)}``, best
 module ``_<name>.py`` of that package and defines a function with the op's name; it is imported on first use.
 """
 
+import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,9 +24,29 @@ def register(op: str, table: Table) -> Table:
 
 
 def available_backends() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Backends of every op on every device this machine has, ``{op: {device: (backend, …)}}``, best first."""
+    """Backends of every op that run on every device this machine has, ``{op: {device: (backend, …)}}``, best first."""
     devices = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
-    return {op: {d: names for d, names in table.items() if d in devices} for op, table in _TABLES.items()}
+    return {
+        op: {device: _available(names) for device, names in table.items() if device in devices}
+        for op, table in _TABLES.items()
+    }
+
+
+@functools.cache
+def lacks(backend: str) -> str | None:
+    """What this machine lacks to run ``backend``, or None; decided once per process."""
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+            return "the CUDA device is older than compute capability 8.0"
+    return None
+
+
+def _available(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if lacks(name) is None)
 
 
 def implementation(package: str, op: str, device: torch.device, backend: str | None) -> Callable[..., Any]:
@@ -34,18 +56,24 @@ def implementation(package: str, op: str, device: torch.device, backend: str | N
         package: the op's package, ``__name__`` of its ``__init__``.
         op: name of the op.
         device: where its tensors are.
-        backend: a name from the op's table, or None for the first.
+        backend: a name from the op's table, or None for the first that is available.
 
     Raises:
-        ValueError: the op does not run on that device, or has no such backend there.
+        ValueError: the op does not run on that device, has no such backend there, or this machine lacks what
+            the backend needs.
     """
     names = _TABLES[op].get(device.type)
     if names is None:
         raise ValueError(f"{op} runs on {', '.join(sorted(_TABLES[op]))}; got tensors on {device.type}")
     if backend is None:
-        backend = names[0]
+        backend = _available(names)[0]
     elif backend not in names:
         raise ValueError(
             f"backend of {op} on {device.type} must be one of {', '.join(names)}, got {backend!r}"
+        )
+    elif (missing := lacks(backend)) is not None:
+        raise ValueError(
+            f"backend {backend!r} of {op} is not available: {missing}; "
+            f"available on {device.type}: {', '.join(_available(names))}"
         )
     return getattr(importlib.import_module(f"{package}._{backend}"), op)

@@ -5,7 +5,7 @@ import torch
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
 from trackstar_kernels._dispatch import implementation, register
 
-BACKENDS = register("encode_rows", {"cpu": ("cpu", "reference"), "cuda": ("reference",)})
+BACKENDS = register("encode_rows", {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")})
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -23,7 +23,7 @@ def encode_rows(
         rows: (N, L, d) projected gradients, float32 or float64.
         whiteners: (L, d, d) with whiteners[b]ᵀ whiteners[b] = R_b⁻¹, same dtype; None leaves rows as they are.
         dtype: "float32" or "float16", or the torch.dtype of that name.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "triton" (float32 rows) or "reference".
 
     Returns:
         codes (N, L, d) of ``dtype``; scales, None for these dtypes; squared_norms (N, L) float32, the norms
@@ -31,7 +31,8 @@ def encode_rows(
 
     Raises:
         TypeError: an argument is not a tensor or of another dtype.
-        ValueError: shapes do not fit, ``dtype`` is unknown, or a value exceeds the largest float16.
+        ValueError: shapes do not fit, ``dtype`` is unknown, a value exceeds the largest float16, or the backend is
+            unknown or not available.
 
     Source: TrackStar, arXiv 2410.17413, section 3 (R^(-1/2)).
     """
@@ -46,9 +47,10 @@ def encode_rows(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     device = check_same_device(rows=rows, whiteners=whiteners)
-    whitened = implementation(__name__, "encode_rows", device, backend)(rows, whiteners)
-    codes = whitened.to(DTYPES[dtype])
-    if dtype == "float16":
+    run = implementation(__name__, "encode_rows", device, backend)
+    codes, squared_norms = run(rows, whiteners, DTYPES[dtype])
+    if dtype == "float16" and codes.isinf().any():
+        whitened, _ = run(rows, whiteners, torch.float32)
         lost = (codes.isinf() & whitened.isfinite()).any(dim=2)
         if lost.any():
             n, b = lost.nonzero()[0].tolist()
@@ -56,4 +58,4 @@ def encode_rows(
             raise ValueError(
                 f"rows[{n}] reaches {largest:.3g} in block {b}, beyond float16's 65504: use dtype float32"
             )
-    return codes, None, whitened.square().sum(dim=2, dtype=torch.float64).float()
+    return codes, None, squared_norms

@@ -2,11 +2,15 @@
 
 import torch
 
+from trackstar_kernels.encode._narrow import narrow
 
-def encode_rows(rows: torch.Tensor, whiteners: torch.Tensor | None) -> torch.Tensor:
-    """Whitened rows (N, L, d) in the dtype of ``rows``; see :func:`trackstar_kernels.encode_rows`."""
+
+def encode_rows(
+    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and squared norms; see :func:`trackstar_kernels.encode_rows`."""
     if whiteners is None:
-        return rows
+        return narrow(rows, dtype)
     whitened = torch.empty_like(rows, memory_format=torch.contiguous_format)
     torch.bmm(rows.transpose(0, 1), whiteners.transpose(1, 2), out=whitened.transpose(0, 1))
-    return whitened
+    return narrow(whitened, dtype)

@@ -2,9 +2,11 @@
 
 import torch
 
+from trackstar_kernels.encode._narrow import narrow
 
-def encode_rows(rows: torch.Tensor, whiteners: torch.Tensor | None) -> torch.Tensor:
-    """Whitened rows (N, L, d) in the dtype of ``rows``; see :func:`trackstar_kernels.encode_rows`."""
-    if whiteners is None:
-        return rows
-    return torch.einsum("bij,nbj->nbi", whiteners, rows)
+
+def encode_rows(
+    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and squared norms; see :func:`trackstar_kernels.encode_rows`."""
+    return narrow(rows if whiteners is None else torch.einsum("bij,nbj->nbi", whiteners, rows), dtype)

@@ -7,7 +7,7 @@ import torch
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
 from trackstar_kernels._dispatch import implementation, register
 
-BACKENDS = register("project_gradients", {"cpu": ("cpu", "reference"), "cuda": ("reference",)})
+BACKENDS = register("project_gradients", {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")})
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -35,7 +35,7 @@ def project_gradients(
 
     An example's row depends on its own tokens alone. On one machine it is bit-identical whether the example
     comes by itself, in another batch, padded at its end with rows of zeros, or packed, and with any number of
-    threads (backend "cpu"). An example without tokens gives zeros.
+    threads (backends "cpu" and "triton"). An example without tokens gives zeros.
 
     Works under torch.compile and with fake tensors, as the custom op ``trackstar::project_gradients``. It is not
     differentiable.
@@ -48,7 +48,7 @@ def project_gradients(
         scale: (O, I) or None.
         offsets: (B + 1,) int32 or int64, for packed input only: where each example's tokens begin and, last,
             where they end, ascending from 0 to ΣT. On any device; the values are read on the host.
-        backend: None, "cpu" (float32, bfloat16 or float16) or "reference" (float64 too).
+        backend: None, "cpu" or "triton" (float32, bfloat16 or float16) or "reference" (float64 too).
         check_finite: refuse inputs with NaN or infinity. They show in the result, so the check is nearly free on
             the CPU; on a GPU it waits for the kernel. False lets them through: they reach their example's row and
             no other.
@@ -61,8 +61,8 @@ def project_gradients(
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype, or the backend does not take the dtype.
-        ValueError: shapes, devices or offsets do not fit, the backend is unknown, or an input is not finite (a
-            scale is infinite where a second moment is zero); the input and the place are named.
+        ValueError: shapes, devices or offsets do not fit, the backend is unknown or not available, or an input
+            is not finite (a scale is infinite where a second moment is zero); the input and the place are named.
 
     Source: TrackStar, arXiv 2410.17413, section 3 (optimizer correction, two-sided projection).
     """

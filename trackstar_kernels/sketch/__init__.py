@@ -5,7 +5,9 @@ import torch
 from trackstar_kernels._checks import check_count
 from trackstar_kernels._dispatch import implementation, register
 
-BACKENDS = register("projection_matrix", {"cpu": ("numba", "reference"), "cuda": ("numba", "reference")})
+BACKENDS = register(
+    "projection_matrix", {"cpu": ("numba", "reference"), "cuda": ("triton", "numba", "reference")}
+)
 
 KINDS = ("rademacher", "gaussian", "countsketch")
 
@@ -37,7 +39,7 @@ def projection_matrix(
             "countsketch" (each column one ±1 in a random row, zeros elsewhere).
         dtype: a floating-point dtype; entries are rounded to it once.
         device: where the result goes; the entries do not depend on it.
-        backend: None, "numba" or "reference".
+        backend: None, "triton" (device "cuda" only), "numba" or "reference".
 
     Returns:
         (rows, cols) tensor.
@@ -60,4 +62,4 @@ def projection_matrix(
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
     device = torch.device(device)
     run = implementation(__name__, "projection_matrix", device, backend)
-    return run(rows, cols, seed, stream, kind, dtype).to(device)
+    return run(rows, cols, seed, stream, kind, dtype, device)

@@ -65,7 +65,7 @@ def _scatter(out: np.ndarray, signs: np.ndarray, seed: np.uint64, stream: np.uin
 
 
 def projection_matrix(
-    rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype
+    rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """See :func:`trackstar_kernels.projection_matrix`."""
     # numpy lacks some dtypes: their numbers travel as bit patterns.
@@ -74,9 +74,9 @@ def projection_matrix(
     if kind == "countsketch":
         out, signs = torch.zeros(rows, cols, dtype=dtype), torch.tensor([1.0, -1.0], dtype=dtype)
         _scatter(out.view(carrier).numpy(), signs.view(carrier).numpy(), *key)
-        return out
+        return out.to(device)
     bits, values = (1, np.array([1.0, -1.0])) if kind == "rademacher" else (16, gaussian_quantiles())
     table = torch.from_numpy(values * (1 / math.sqrt(rows))).to(dtype)
     out = torch.empty(rows, cols, dtype=dtype)
     _fill(out.view(carrier).numpy(), table.view(carrier).numpy(), bits, *key)
-    return out
+    return out.to(device)

@@ -38,21 +38,21 @@ def philox(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
 
 
 def projection_matrix(
-    rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype
+    rows: int, cols: int, seed: int, stream: int, kind: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """See :func:`trackstar_kernels.projection_matrix`."""
     if kind == "countsketch":
         (words,) = _words(1, cols, 4, seed, stream)
         chosen = ((words >> np.uint64(1)) * np.uint64(rows)) >> np.uint64(31)
         values = np.where(np.arange(rows)[:, None] == chosen, 1.0 - 2.0 * (words & np.uint64(1)), 0.0)
-        return torch.from_numpy(values).to(dtype)
+        return torch.from_numpy(values).to(device, dtype)
     bits = {"rademacher": 1, "gaussian": 16}[kind]
     words = _words(rows, cols, 128 // bits, seed, stream)
     column = np.arange(cols)
     fields = (words >> (column % (32 // bits) * bits).astype(np.uint64)) & np.uint64(2**bits - 1)
     fields = fields.astype(np.int64)
     values = 1.0 - 2.0 * fields if kind == "rademacher" else gaussian_quantiles()[fields]
-    return torch.from_numpy(values * (1 / math.sqrt(rows))).to(dtype)
+    return torch.from_numpy(values * (1 / math.sqrt(rows))).to(device, dtype)
 
 
 def _words(rows: int, cols: int, per_call: int, seed: int, stream: int) -> np.ndarray:
