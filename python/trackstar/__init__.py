@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from trackstar.build import build_store as build_store
     from trackstar.collector import GradientCollector as GradientCollector
     from trackstar.correction import Correction as Correction
+    from trackstar.errors import StoreError as StoreError
     from trackstar.passes import collect_rows as collect_rows
     from trackstar.report import print_result as print_result
     from trackstar.second_moments import SecondMoments as SecondMoments
     from trackstar.spec import SketchSpec as SketchSpec
     from trackstar.store import Store as Store
-    from trackstar.store import StoreError as StoreError
     from trackstar.store import open_store as open_store
+    from trackstar.verify import verify_store as verify_store
 
 _HOMES = {
     "Correction": "correction",
@@ -32,12 +33,13 @@ _HOMES = {
     "SecondMoments": "second_moments",
     "SketchSpec": "spec",
     "Store": "store",
-    "StoreError": "store",
+    "StoreError": "errors",
     "attribute": "attribution",
     "build_store": "build",
     "collect_rows": "passes",
     "open_store": "store",
     "print_result": "report",
+    "verify_store": "verify",
 }
 
 __all__ = sorted(_HOMES)

@@ -154,13 +154,14 @@ def score_rows(
         raise ValueError(f'mixing must be "auto" or a number with 0 ≤ mixing < 1, got {mixing!r}')
     whitened, _, _ = encode_rows(rows, store.curvature.whitener, "float32")
     best: tuple[torch.Tensor, torch.Tensor] | None = None
-    for shard, stored, squared_norms in store.scan():
+    for shard in store.shards:
         found = mixed_topk(
             whitened,
-            stored,
-            squared_norms,
-            min(k, len(stored)),
+            shard.codes,
+            shard.squared_norms,
+            min(k, len(shard)),
             float(mixing),
+            scales=shard.scales,
             largest=largest,
             start=shard.start,
         )

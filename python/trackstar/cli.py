@@ -26,8 +26,18 @@ class CorrectionKind(StrEnum):
 class Dtype(StrEnum):
     """Dtypes of stored rows."""
 
-    float16 = "float16"
     float32 = "float32"
+    float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
+    sign = "sign"
+
+
+class Wide(StrEnum):
+    """Dtypes of a wider copy of the rows."""
+
+    float32 = "float32"
+    float16 = "float16"
 
 
 ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a transformers causal language model.")]
@@ -40,6 +50,10 @@ OptimizerOption = Annotated[
 CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
 SketchOption = Annotated[
     int, typer.Option(help="p = q: a module's gradient becomes sketch × sketch numbers.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")]
+WideOption = Annotated[
+    Wide | None, typer.Option(help="Dtype of a wider copy of int8, int4 or sign rows, for exact answers.")
 ]
 BlocksOption = Annotated[str, typer.Option(help='"module", or a number of layer blocks.')]
 
@@ -55,7 +69,8 @@ def build(
     estimate: Annotated[
         int, typer.Option(help="Examples to estimate second moments from, where no optimizer state is given.")
     ] = 128,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")] = Dtype.float16,
+    dtype: DtypeOption = Dtype.float16,
+    wide: WideOption = None,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
@@ -76,6 +91,7 @@ def build(
         spec=spec,
         correction=chosen,
         dtype=dtype.value,
+        wide=wide and wide.value,
         sample=sample,
     )
     typer.echo(f"{store}")
@@ -143,9 +159,10 @@ def info(store: StoreArgument) -> None:
 def verify(store: StoreArgument) -> None:
     """Compare every file of a store with its checksum; exit 1 where one is damaged."""
     from trackstar.store import open_store
+    from trackstar.verify import verify_store
 
     opened = open_store(store)
-    damage = opened.damage()
+    damage = verify_store(store)
     for line in damage:
         typer.echo(line)
     if damage:
@@ -161,7 +178,8 @@ def plan(
     out: Annotated[Path, typer.Option(help="Where the store would go.")],
     correction: CorrectionOption = CorrectionKind.none,
     rank: Annotated[int, typer.Option(help="Rank of the rank correction.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")] = Dtype.float16,
+    dtype: DtypeOption = Dtype.float16,
+    wide: WideOption = None,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
@@ -169,6 +187,7 @@ def plan(
     """Say what a build would need, without building: rows, disk, memory, time."""
     from trackstar.collector import GradientCollector
     from trackstar.examples import encode_examples
+    from trackstar.layout import Layout
     from trackstar.lean import LeanPass
     from trackstar.passes import position_limit
     from trackstar.plan import plan_build
@@ -180,7 +199,8 @@ def plan(
     chosen = _correction(network, tokenizer, examples[:1], None, correction, rank, 1)
     collector = GradientCollector(network, spec, chosen)
     lean = LeanPass(network, collector.modules.values())
-    needs = plan_build(lean, encoded, collector, chosen, dtype.value, min(sample, len(encoded)), out)
+    layout = Layout(dtype.value, wide and wide.value, *collector.row_shape)
+    needs = plan_build(lean, encoded, collector, chosen, layout, min(sample, len(encoded)), out)
     typer.echo(f"{needs}")
 
 
@@ -255,7 +275,7 @@ def main() -> None:
         typer.echo("trackstar: interrupted; run the same command again to go on", err=True)
         raise SystemExit(130) from None
     except Exception as error:
-        from trackstar.manifest import StoreError
+        from trackstar.errors import StoreError
 
         if not isinstance(
             error, OSError | ValueError | TypeError | RuntimeError | FloatingPointError | StoreError

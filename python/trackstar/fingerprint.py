@@ -9,6 +9,7 @@ import xxhash
 from torch import nn
 
 from trackstar.correction import Correction
+from trackstar.curvature import Curvature
 from trackstar.examples import Encoded
 
 
@@ -22,10 +23,10 @@ def of_model(model: nn.Module) -> dict[str, object]:
 
 
 def of_examples(examples: Sequence[Encoded]) -> dict[str, object]:
-    """Number of examples and a hash of their ids, texts, tokens and labels, in order."""
+    """Number of examples and a hash of their ids, texts, metadata, tokens and labels, in order."""
     digest = xxhash.xxh3_128()
     for example in examples:
-        digest.update(json.dumps([example.id, example.text, len(example)]).encode())
+        digest.update(json.dumps([example.id, example.text, example.metadata, len(example)]).encode())
         digest.update(example.tokens.tobytes())
         digest.update(example.labels.tobytes())
     return {"examples": len(examples), "fingerprint": digest.hexdigest()}
@@ -52,6 +53,11 @@ def of_correction(correction: Correction | None) -> dict[str, object] | None:
         "source": correction.source,
         "fingerprint": _of_tensors(sorted(tensors, key=lambda item: item[0])),
     }
+
+
+def of_curvature(curvature: Curvature) -> str:
+    """Hash of R_train."""
+    return _of_tensors([("train", curvature.train)])
 
 
 def _of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
