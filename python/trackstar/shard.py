@@ -20,8 +20,7 @@ from trackstar.examples import Encoded
 from trackstar.layout import OFFSETS, Layout
 from trackstar.manifest import ShardRecord
 from trackstar.sealed import SealedFolder, seal
-from trackstar_kernels import encode_rows
-from trackstar_kernels.scoring._reference import dequantize
+from trackstar_kernels import decode_rows, encode_rows
 
 EXAMPLE_ARRAYS = ("offsets", "tokens", "strings")
 
@@ -110,7 +109,7 @@ class Shard:
             wide, scales = self.wide[here], None
         else:
             wide, scales = self.codes[here], None if self.scales is None else self.scales[here]
-        rows = dequantize(wide, scales, torch.float32)
+        rows = decode_rows(wide, scales, self.layout.size)
         deleted = self.deleted[(self.deleted >= here.start) & (self.deleted < here.stop)] - here.start
         return rows.index_fill(0, deleted, 0)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from trackstar_kernels import _C
+from trackstar_kernels._codes import NARROW, unpack
 from trackstar_kernels.scoring._merge import merge_topk
 
 # Float32 keeps the squared norm of a row to about 2⁻²⁴ of ‖y‖² where terms of that size cancel, and its root
@@ -23,9 +24,10 @@ def score_topk(
     largest: bool,
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, d), scales (N, L) or None."""
+    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None."""
     queries = queries.contiguous()
-    rows, scales = _readable(rows), None if scales is None else scales.contiguous()
+    rows = _readable(rows, queries.shape[2])
+    scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
     scores, indices = _results(len(queries), k)
     _C.score_topk(
         queries=queries.data_ptr(),
@@ -49,8 +51,11 @@ def mixed_topk(
     """See :func:`trackstar_kernels.mixed_topk`; scales (N, L), (N, 1) or None."""
     if mixing == 0:
         return _cosine_topk(queries, rows, squared_norms, k, scales, largest, start)
-    factors, combine = _factors(queries, mixing)
-    rows, squared_norms = _readable(rows), squared_norms.contiguous()
+    d = queries.shape[2]
+    narrow = rows.dtype in NARROW
+    many = _many(queries) and not narrow
+    factors, combine = _factors(queries, mixing, many)
+    rows, squared_norms = _readable(rows, d), squared_norms.contiguous()
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
     scores, indices = _results(len(queries), k)
     doubtful = torch.empty(len(rows), dtype=torch.bool)
@@ -59,9 +64,9 @@ def mixed_topk(
         combine=combine.data_ptr(),
         squared_norms=squared_norms.data_ptr(),
         rank=factors.shape[1],
-        base=0.0 if _many(queries) else 1.0,
-        sign=1.0 if _many(queries) else -_coupling(queries, mixing),
-        trusted=TRUSTED_SQUARE if _many(queries) else TRUSTED_DIFFERENCE,
+        base=0.0 if many else 1.0,
+        sign=1.0 if many else -_coupling(queries, mixing),
+        trusted=TRUSTED_SQUARE if many else TRUSTED_DIFFERENCE,
         doubtful=doubtful.data_ptr(),
         rows=_rows_at(rows, scales),
         top=_top_at(scores, indices, largest),
@@ -70,9 +75,9 @@ def mixed_topk(
     redo = doubtful.nonzero()[:, 0]
     found = min(k, len(rows) - len(redo))
     scores, indices = scores[:, :found], indices[:, :found]
-    Q, _, d = queries.shape
-    for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
-        precise = _precise_scores(queries, rows, scales, mixing, positions)
+    for positions in redo.split(max(1, SCRATCH // (24 * (len(queries) + d)))) if len(redo) else ():
+        known = squared_norms[positions] if narrow else None
+        precise = _precise_scores(queries, rows, scales, mixing, positions, known)
         scores, indices = merge_topk([(scores, indices), (precise, positions.expand_as(precise))], k, largest)
     return scores, indices.add_(start)
 
@@ -91,7 +96,7 @@ def _cosine_topk(
     unit = (wide * _inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
     inverse = _inverse_root(squared_norms.sum(1, keepdim=True))
     scales = inverse if scales is None else scales * inverse
-    if scales.shape[1] == 1:
+    if scales.shape[1] == 1 and rows.dtype not in NARROW:
         unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
     return score_topk(unit, rows, k, scales, largest, start)
 
@@ -123,10 +128,10 @@ def _many(queries: torch.Tensor) -> bool:
 
 
 def _block_factors(
-    queries: torch.Tensor, mixing: float
+    queries: torch.Tensor, mixing: float, many: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each block factor (r, d), combine (Q, r) and xᵀ R⁻¹ x (Q,), float64."""
-    c, many = _coupling(queries, mixing), _many(queries)
+    c = _coupling(queries, mixing)
     for x in queries.double().transpose(0, 1):
         gram = x.T @ x if many else x @ x.T
         identity = torch.eye(len(gram), dtype=torch.float64)
@@ -139,14 +144,14 @@ def _block_factors(
             yield inverse @ x, inverse.T, (inverse * (inverse @ gram)).sum(0)
 
 
-def _factors(queries: torch.Tensor, mixing: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(queries: torch.Tensor, mixing: float, many: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """All factors (L, r, d) and combine (Q, L, r) in float32, for queries brought to norm 1."""
     Q, L, d = queries.shape
-    rank = d if _many(queries) else Q
+    rank = d if many else Q
     factors = torch.empty(L, rank, d)
     combine = torch.empty(Q, L, rank, dtype=torch.float64)
     squares = torch.zeros(Q, dtype=torch.float64)
-    for block, (factor, combined, square) in enumerate(_block_factors(queries, mixing)):
+    for block, (factor, combined, square) in enumerate(_block_factors(queries, mixing, many)):
         factors[block] = factor
         combine[:, block] = combined
         squares += square
@@ -159,31 +164,40 @@ def _precise_scores(
     scales: torch.Tensor | None,
     mixing: float,
     positions: torch.Tensor,
+    squared_norms: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scores (Q, n) of the rows at ``positions``, in float64 and from the stored values alone."""
+    """Scores (Q, n) of the rows at ``positions``, in float64.
+
+    The rows' norms come from the stored values alone, and where narrowing took something from them, from the
+    ``squared_norms`` (n, L) that they had before.
+    """
+    many = _many(queries)
     numerators = torch.zeros(len(queries), len(positions), dtype=torch.float64)
     query_squares = torch.zeros(len(queries), dtype=torch.float64)
     row_squares = torch.zeros(len(positions), dtype=torch.float64)
-    for block, (factor, combine, square) in enumerate(_block_factors(queries, mixing)):
+    kept = torch.zeros(len(positions), dtype=torch.float64)
+    for block, (factor, combine, square) in enumerate(_block_factors(queries, mixing, many)):
         y = rows[positions, block].double()
         if scales is not None:
             y *= scales[positions, block, None]
         t = factor @ y.T
         numerators.addmm_(combine, t)
         query_squares += square
-        row_squares += (
-            t.square().sum(0)
-            if _many(queries)
-            else (y.square().sum(1) - _coupling(queries, mixing) * t.square().sum(0))
-        )
+        squares = y.square().sum(1)
+        kept += squares
+        row_squares += t.square().sum(0) if many else squares - _coupling(queries, mixing) * t.square().sum(0)
+    if squared_norms is not None:
+        row_squares += (squared_norms.double().sum(1) - kept).clamp_min(0)
     return (numerators * _inverse_root(query_squares)[:, None] * _inverse_root(row_squares)).float()
 
 
 # ---- Tensors as csrc takes them ----------------------------------------------------------------------------
 
 
-def _readable(rows: torch.Tensor) -> torch.Tensor:
-    """The rows (N, L, d), copied unless each of them is dense."""
+def _readable(rows: torch.Tensor, d: int) -> torch.Tensor:
+    """The rows (N, L, d), copied unless each of them is dense floats."""
+    if rows.dtype in NARROW:
+        return unpack(rows, d).half()
     return rows if rows[0].is_contiguous() else rows.contiguous()
 
 
