@@ -68,6 +68,11 @@ class Store:
         return self.manifest.identity
 
     @property
+    def parts(self) -> tuple[dict[str, Any], ...]:
+        """{"examples": count, "fingerprint": …} of the corpus of the build, and of every append and merge."""
+        return self.manifest.parts_within(self.end)
+
+    @property
     def dtype(self) -> str:
         """Name of the dtype that rows are kept in."""
         return self.layout.dtype
@@ -171,6 +176,15 @@ class Store:
             start, number = shard.stop, number + 1
         return torch.cat(parts)
 
+    def require_complete(self) -> None:
+        """Require the work that makes the store to have been ended.
+
+        Raises:
+            StoreError: it was not.
+        """
+        if not self.complete:
+            raise StoreError(f"the store at {self.path} is not complete: run its build again to finish it")
+
     def text(self, index: int) -> str:
         """The text of example ``index``."""
         return self._shard_of(index).text(index)
@@ -238,6 +252,11 @@ class Shards(Sequence[Shard]):
         deleted = store.deleted[low:high] - record.start
         checked = memoryview(self._checked)[number : number + 1]
         return Shard(store.path, record, store.layout, deleted, checked)
+
+    @property
+    def records(self) -> ShardIndex:
+        """Rows and seals of the shards, without opening any."""
+        return self._index
 
     def find(self, row: int) -> int:
         """Number of the shard that holds ``row``."""
