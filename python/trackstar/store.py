@@ -12,7 +12,7 @@ All folders are sealed and never change (see sealed.py); docs/format.md has the 
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,23 @@ class Store:
             parts.append(shard.floats(start, min(stop, shard.stop)))
             start, number = shard.stop, number + 1
         return torch.cat(parts)
+
+    def indices_of(self, ids: Iterable[str]) -> list[int]:
+        """Indices of the rows with these ids, ascending, the deleted ones left out; every id's, if it has several.
+
+        Raises:
+            ValueError: there is no row with one of the ids.
+        """
+        wanted, found, indices = set(ids), set(), []
+        for shard in self.shards:
+            for position in shard.live.tolist():
+                name = shard.id(shard.start + position)
+                if name in wanted:
+                    found.add(name)
+                    indices.append(shard.start + position)
+        if wanted - found:
+            raise ValueError(f"ids must be of rows of {self.path}, got {min(wanted - found)!r}")
+        return indices
 
     def require_complete(self) -> None:
         """Require the work that makes the store to have been ended.
