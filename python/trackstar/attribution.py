@@ -19,7 +19,7 @@ from trackstar.losses import output_function
 from trackstar.passes import check_model, rows_of, vocabulary_size
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
 from trackstar.selection import Where, select
-from trackstar.store import Store, StoreError
+from trackstar.store import Store
 from trackstar_kernels import encode_rows
 
 WHITENED_TOGETHER = 64
@@ -110,19 +110,7 @@ def query_rows(
     loss = output_function(output)
     check_vocabulary(queries, vocabulary_size(model), "queries")
     check_model(model)
-    built: Any = store.identity
-    found = fingerprint.of_model(model)
-    for field, value in found.items():
-        if built["model"][field] != value:
-            raise StoreError(
-                f"model must be the one that {store.path} was built with: its {field} is "
-                f"{built['model'][field]!r}, this model's is {value!r}"
-            )
-    vocabulary = fingerprint.of_tokenizer(tokenizer)
-    if None not in (vocabulary, built["tokenizer"]) and vocabulary != built["tokenizer"]:
-        raise StoreError(
-            f"tokenizer must be the one that {store.path} was built with; this one's vocabulary differs"
-        )
+    fingerprint.require_same(model, tokenizer, store)
     collector = GradientCollector(model, store.spec, store.correction)
     lean = LeanPass(model, collector.modules.values())
     return rows_of(lean, queries, collector, loss=loss)
@@ -225,8 +213,7 @@ def _plan(
     memory: int,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
-    if not store.complete:
-        raise StoreError(f"the store at {store.path} is not complete: run its build again to finish it")
+    store.require_complete()
     number = isinstance(mixing, int | float) and not isinstance(mixing, bool)
     if mixing != "auto" and not (number and 0 <= mixing < 1):  # type: ignore[operator]
         raise ValueError(f'mixing must be "auto" or a number with 0 ≤ mixing < 1, got {mixing!r}')
@@ -234,9 +221,7 @@ def _plan(
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(chosen):
         limit = "the store's examples" if where is None else "the examples that where leaves"
         raise ValueError(f"k must be an int from 1 to {len(chosen)} ({limit}), got {k!r}")
-    return plan_scan(
-        store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory
-    )
+    return plan_scan(store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory)
 
 
 def _answer(scan: Scan, rows: torch.Tensor, mixing: str | float) -> tuple[list[Found], float]:

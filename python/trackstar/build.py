@@ -8,7 +8,7 @@ R_train and its range of examples, so a build that was killed and taken up again
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def build_store(
                 console().print(f"slower than it could be: {reason}", soft_wrap=True)
             plan.require_disk()
             if correction is not None and writer.manifest.correction is None:
-                writer.commit(correction=write_correction(path, correction))
+                writer.commit(replace(writer.manifest, correction=write_correction(path, correction)))
             if writer.manifest.curvature is None:
                 _commit_curvature(build, writer, curvature)
             commit_rows(writer, encoded, 0, build.shard_rows, lambda *job: _rows(build, *job))
@@ -243,7 +243,8 @@ def _commit_curvature(build: _Build, writer: Writer, given: Curvature | None) ->
     """Commit R_train: ``given``, or collected from the sample, chunk by chunk."""
     rotated = writer.manifest.layout.narrow
     if given is not None:
-        writer.commit(curvature=write_curvature(build.path, given.with_rotation(rotated)))
+        found = given.with_rotation(rotated)
+        writer.commit(replace(writer.manifest, curvature=write_curvature(build.path, found)))
         return
     indices = build.sample_indices()
     waiting = build.waiting()
@@ -257,7 +258,7 @@ def _commit_curvature(build: _Build, writer: Writer, given: Curvature | None) ->
     numbers = range(len(chunks(build.sample, build.shard_rows)))
     staged = (torch.from_numpy(read_staged(build.staged(number))) for number in numbers)
     found = estimate_curvature(staged, *build.collector.row_shape, rotated=rotated)
-    writer.commit(curvature=write_curvature(build.path, found))
+    writer.commit(replace(writer.manifest, curvature=write_curvature(build.path, found)))
     if build.sampled:
         remove_folder(build.path / "staging")
 

@@ -1,11 +1,27 @@
 """The command line. Heavy imports wait until a command needs them, so that help is instant."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from trackstar import cli_stores
+from trackstar.cli_options import (
+    BlocksOption,
+    CorrectionKind,
+    CorrectionOption,
+    DataOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    OptimizerOption,
+    SketchOption,
+    StoreArgument,
+    WideOption,
+    load_model,
+    read_jsonl,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -13,49 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Trace what a language model says back to its training examples.",
 )
-
-
-class CorrectionKind(StrEnum):
-    """Forms of the optimizer correction."""
-
-    none = "none"
-    rank = "rank"
-    exact = "exact"
-
-
-class Dtype(StrEnum):
-    """Dtypes of stored rows."""
-
-    float32 = "float32"
-    float16 = "float16"
-    int8 = "int8"
-    int4 = "int4"
-    sign = "sign"
-
-
-class Wide(StrEnum):
-    """Dtypes of a wider copy of the rows."""
-
-    float32 = "float32"
-    float16 = "float16"
-
-
-ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a transformers causal language model.")]
-DataOption = Annotated[Path, typer.Option("--data", help='JSONL of {"text": …} or {"input_ids": …}.')]
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
-OptimizerOption = Annotated[
-    Path | None,
-    typer.Option(help="Saved optimizer state (optimizer.pt or a folder with one) for the correction."),
-]
-CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
-SketchOption = Annotated[
-    int, typer.Option(help="p = q: a module's gradient becomes sketch × sketch numbers.")
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")]
-WideOption = Annotated[
-    Wide | None, typer.Option(help="Dtype of a wider copy of int8, int4 or sign rows, for exact answers.")
-]
-BlocksOption = Annotated[str, typer.Option(help='"module", or a number of layer blocks.')]
 
 
 @app.command()
@@ -80,8 +53,8 @@ def build(
     from trackstar.build import build_store
 
     spec = _spec(seed, sketch, blocks)
-    examples = _read_jsonl(data, "--data")
-    network, tokenizer = _load_model(model)
+    examples = read_jsonl(data, "--data")
+    network, tokenizer = load_model(model)
     chosen = _correction(network, tokenizer, examples, optimizer, correction, rank, estimate)
     store = build_store(
         out,
@@ -131,8 +104,8 @@ def query(
     from trackstar.store import open_store
 
     opened = open_store(store)
-    asked = [{"prompt": prompt, "target": target}] if queries is None else _read_jsonl(queries, "--queries")
-    network, tokenizer = _load_model(model)
+    asked = [{"prompt": prompt, "target": target}] if queries is None else read_jsonl(queries, "--queries")
+    network, tokenizer = load_model(model)
     encoded = encode_queries(asked, tokenizer)
     rows = query_rows(opened, network, encoded, tokenizer=tokenizer)
     results = []
@@ -152,23 +125,7 @@ def info(store: StoreArgument) -> None:
 
     opened = open_store(store)
     typer.echo(f"{opened}")
-    typer.echo(json.dumps(opened.identity, indent=2))
-
-
-@app.command()
-def verify(store: StoreArgument) -> None:
-    """Compare every file of a store with its checksum; exit 1 where one is damaged."""
-    from trackstar.store import open_store
-    from trackstar.verify import verify_store
-
-    opened = open_store(store)
-    damage = verify_store(store)
-    for line in damage:
-        typer.echo(line)
-    if damage:
-        raise typer.Exit(1)
-    state = "complete" if opened.complete else "incomplete: run its build again to finish it"
-    typer.echo(f"{len(opened)} rows in {len(opened.shards)} shards, all as written; {state}")
+    typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
 @app.command()
@@ -193,8 +150,8 @@ def plan(
     from trackstar.plan import plan_build
 
     spec = _spec(0, sketch, blocks)
-    examples = _read_jsonl(data, "--data")
-    network, tokenizer = _load_model(model)
+    examples = read_jsonl(data, "--data")
+    network, tokenizer = load_model(model)
     encoded = encode_examples(examples, tokenizer, position_limit(network))
     chosen = _correction(network, tokenizer, examples[:1], None, correction, rank, 1)
     collector = GradientCollector(network, spec, chosen)
@@ -202,6 +159,10 @@ def plan(
     layout = Layout(dtype.value, wide and wide.value, *collector.row_shape)
     needs = plan_build(lean, encoded, collector, chosen, layout, min(sample, len(encoded)), out)
     typer.echo(f"{needs}")
+
+
+for command in cli_stores.COMMANDS:
+    app.command()(command)
 
 
 def _spec(seed: int, sketch: int, blocks: str) -> Any:
@@ -231,38 +192,6 @@ def _correction(
     sample = examples[:: max(len(examples) // estimate, 1)][:estimate]
     console().print(f"estimating second moments from {len(sample)} examples (no --optimizer was given)")
     return SecondMoments.estimate(model, sample, tokenizer=tokenizer).correction(kind.value, rank=rank)
-
-
-def _read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
-    lines = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                lines.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{option}: line {number} of {path} is not JSON: {error}") from None
-    if not lines:
-        raise ValueError(f"{option} must hold at least one line, {path} is empty")
-    return lines
-
-
-def _load_model(folder: Path) -> tuple[Any, Any]:
-    """The model, float32, and the tokenizer in ``folder``; nothing is downloaded."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--model must be a folder with a transformers model (config.json), got {folder}"
-        )
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
-    return model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def main() -> None:

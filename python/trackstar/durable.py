@@ -53,22 +53,15 @@ def replace_file(file: Path, content: bytes) -> None:
         sync(file.parent)
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Give the files of a folder, which never change, second names below ``target``.
-
-    Where the file systems do not allow that, the files are copied.
-    """
-    target.mkdir()
-    for entry in source.iterdir():
-        if entry.is_dir():
-            link_tree(entry, target / entry.name)
-            continue
-        try:
-            os.link(entry, target / entry.name)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-            shutil.copyfile(entry, target / entry.name)
+def link(source: Path, target: Path) -> None:
+    """Give a file that never changes a second name, or a copy where the file systems do not allow that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
 
 
 def make_folder(path: Path) -> None:

@@ -10,7 +10,9 @@ from torch import nn
 
 from trackstar.correction import Correction
 from trackstar.curvature import Curvature
+from trackstar.errors import StoreError
 from trackstar.examples import Encoded
+from trackstar.store import Store
 
 
 def of_model(model: nn.Module) -> dict[str, object]:
@@ -58,6 +60,26 @@ def of_correction(correction: Correction | None) -> dict[str, object] | None:
 def of_curvature(curvature: Curvature) -> str:
     """Hash of R_train."""
     return _of_tensors([("train", curvature.train)])
+
+
+def require_same(model: nn.Module, tokenizer: Any, store: Store) -> None:
+    """Require the model and tokenizer that ``store`` was built with.
+
+    Raises:
+        StoreError: one is another.
+    """
+    for field, value in of_model(model).items():
+        kept = store.identity["model"].get(field)
+        if kept != value:
+            raise StoreError(
+                f"model must be the one that {store.path} was built with: its {field} is {kept!r}, "
+                f"this model's is {value!r}"
+            )
+    vocabulary, kept = of_tokenizer(tokenizer), store.identity["tokenizer"]
+    if None not in (vocabulary, kept) and vocabulary != kept:
+        raise StoreError(
+            f"tokenizer must be the one that {store.path} was built with; this one's vocabulary differs"
+        )
 
 
 def _of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -86,7 +86,13 @@ def without_unfinished(root: Path, manifest: Manifest) -> Manifest:
     index = ShardIndex(root, manifest, manifest.finished)
     whole = len(index) // SEGMENT
     shards = tuple(index[number] for number in range(whole * SEGMENT, len(index)))
-    return replace(manifest, segments=manifest.segments[:whole], shards=shards, total=manifest.finished)
+    return replace(
+        manifest,
+        parts=manifest.parts_within(manifest.finished),
+        total=manifest.finished,
+        segments=manifest.segments[:whole],
+        shards=shards,
+    )
 
 
 def index_folders(root: Path, manifest: Manifest) -> list[SealedFolder]:

@@ -32,6 +32,13 @@ def row_stride(row_bytes: int) -> int:
     return (-(-row_bytes // LINE) | 1) * LINE
 
 
+def narrowest(*dtypes: str | None) -> str | None:
+    """The narrowest of several dtypes, None where none of them loses anything of float32."""
+    order = list(CODES)
+    found = max((order.index(dtype) for dtype in dtypes if dtype is not None), default=0)
+    return order[found] if found else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Arrays of a shard.

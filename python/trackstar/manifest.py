@@ -1,6 +1,7 @@
 """The one file that says what a store holds, replaced as a whole at every commit."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -89,6 +90,11 @@ class Manifest:
     def layout(self) -> Layout:
         """How the rows lie on disk."""
         return Layout(self.identity["dtype"], self.identity["wide"], *self.row_shape)
+
+    def parts_within(self, rows: int) -> tuple[dict[str, Any], ...]:
+        """The parts that end at or before row ``rows``."""
+        ends = itertools.accumulate(part["examples"] for part in self.parts)
+        return tuple(part for part, end in zip(self.parts, ends, strict=True) if end <= rows)
 
     def write(self, path: Path) -> None:
         """Commit: replace the manifest in the folder ``path`` atomically and durably."""

@@ -66,7 +66,10 @@ class Scan:
         """
         with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
             found = [self._pass(queries, mixing, batch, advance) for batch in self.batches]
-        return [tuple(torch.cat(halves) for halves in zip(*parts, strict=True)) for parts in zip(*found, strict=True)]
+        return [
+            tuple(torch.cat(halves) for halves in zip(*parts, strict=True))
+            for parts in zip(*found, strict=True)
+        ]
 
     def _pass(
         self, queries: torch.Tensor, mixing: float, batch: range, advance: Callable[[int], None]

@@ -10,13 +10,14 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import xxhash
 from mmap_ninja import numpy as np_ninja
 
+from trackstar.durable import link, new_folder
 from trackstar.errors import DamageError
 
 CHECKSUMS = "checksums.json"
@@ -54,6 +55,18 @@ def seal(folder: Path) -> Seal:
     text = json.dumps(records, separators=(",", ":")).encode()
     (folder / CHECKSUMS).write_bytes(text)
     return Seal(sum(size for size, _ in records.values()) + len(text), xxhash.xxh3_128_hexdigest(text))
+
+
+def share(folder: "SealedFolder", root: Path, name: str | None = None) -> Seal:
+    """Put a sealed folder also below ``root``, under its own name or another; its files are shared where they can be.
+
+    Raises:
+        DamageError: a file is missing.
+        OSError: the disk is full or cannot be written.
+    """
+    with new_folder(root / (name or folder.name), 0) as new:
+        folder.link(new)
+    return folder.seal
 
 
 def checksum(file: Path) -> tuple[int, str]:
@@ -99,7 +112,10 @@ class SealedFolder:
             records = {str(name): (size, digest) for name, (size, digest) in fields.items()}
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise self.error(f"{file} is not a list of checksums") from None
-        if not all(_is_count(size) and _is_digest(digest) for size, digest in records.values()):
+        if not all(
+            _is_below(name) and _is_count(size) and _is_digest(digest)
+            for name, (size, digest) in records.items()
+        ):
             raise self.error(f"{file} is not a list of checksums")
         return records
 
@@ -124,6 +140,19 @@ class SealedFolder:
         """
         for line in self.damage(below):
             raise self.error(line)
+
+    def link(self, folder: Path, below: str = "") -> None:
+        """Give the files whose names begin with ``below`` second names, or copies, in another folder.
+
+        Raises:
+            DamageError: one is missing.
+        """
+        for name in (*self.checksums, CHECKSUMS):
+            if name.startswith(below):
+                try:
+                    link(self.path / name, folder / name)
+                except FileNotFoundError:
+                    raise self.error(f"{self.name}/{name} is missing") from None
 
     def array(self, name: str, dtype: str, shape: Sequence[int | None], mode: str = "r") -> np.memmap:
         """The array ``name`` mapped; its bytes are not compared with their checksum (see :meth:`require`).
@@ -172,6 +201,12 @@ class SealedFolder:
     def error(self, line: str) -> DamageError:
         """What to raise where a file of the folder is not what it should be."""
         return DamageError(self.root, line)
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name stays in the folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _is_count(value: Any) -> bool:

@@ -94,7 +94,8 @@ class Selection:
         mine = np.repeat(np.arange(len(counts)), counts)
         others = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts - first, counts)
         return type(self)(
-            np.maximum(self.starts[mine], other.starts[others]), np.minimum(self.stops[mine], other.stops[others])
+            np.maximum(self.starts[mine], other.starts[others]),
+            np.minimum(self.stops[mine], other.stops[others]),
         )
 
     def without(self, other: Self) -> Self:
@@ -165,10 +166,14 @@ def _rows_of(store: Store, where: Any, among: Selection) -> Selection:
         return _rows_with_ids(store, among, set(given))
     rows = np.asarray(given, dtype=None if len(given) else np.int64)
     if rows.ndim != 1 or rows.dtype.kind not in "iub":
-        raise TypeError(f"where must hold row indices, booleans or ids, got {rows.dtype} of shape {rows.shape}")
+        raise TypeError(
+            f"where must hold row indices, booleans or ids, got {rows.dtype} of shape {rows.shape}"
+        )
     if rows.dtype == bool:
         if len(rows) != store.end:
-            raise ValueError(f"where must be a mask of the store's {store.end} rows, got {len(rows)} booleans")
+            raise ValueError(
+                f"where must be a mask of the store's {store.end} rows, got {len(rows)} booleans"
+            )
         return Selection.of_mask(rows)
     wrong = rows[(rows < 0) | (rows >= store.end)]
     if len(wrong):

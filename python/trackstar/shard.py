@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mmap_ninja import numpy as np_ninja
 
-from trackstar.durable import link_tree, new_folder
+from trackstar.durable import new_folder
 from trackstar.examples import Encoded
 from trackstar.layout import OFFSETS, Layout
 from trackstar.manifest import ShardRecord
@@ -43,7 +43,7 @@ class StoredRows:
 
     @staticmethod
     def encode(rows: torch.Tensor, whitener: torch.Tensor | None, layout: Layout) -> "StoredRows":
-        """Rows (n, L, d) float32 whitened, if there is a ``whitener``, and narrowed."""
+        """Rows (n, L, d) float32 multiplied by ``whitener`` (L, d, d), if there is one, and narrowed."""
         if layout.wide is None:
             codes, scales, squared_norms = encode_rows(rows, whitener, layout.dtype)
             return StoredRows(codes, scales, squared_norms, None)
@@ -77,6 +77,7 @@ class Shard:
         self.deleted = deleted
         self.folder = SealedFolder(root, record.path, record.seal)
         self._checked = checked
+        self._arrays: dict[str, np.memmap] = {}
 
     def __len__(self) -> int:
         """Rows, the deleted ones included."""
@@ -101,6 +102,13 @@ class Shard:
     def wide(self) -> torch.Tensor | None:
         """(n, L, d) the wider copy of the rows, None where there is none. Blocks of a row are dense, rows padded."""
         return None if self.layout.wide is None else self._rows("wide")
+
+    @property
+    def live(self) -> torch.Tensor:
+        """Positions in the shard, ascending, of the rows that are not deleted."""
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[self.deleted] = False
+        return kept.nonzero()[:, 0]
 
     def floats(self, start: int, stop: int) -> torch.Tensor:
         """The store's rows start ≤ i < stop, (n, L, d) float32, from the widest form kept; zeros for deleted ones."""
@@ -145,8 +153,10 @@ class Shard:
         Raises:
             StoreError: it is missing or damaged.
         """
-        self.check(name)
-        return self.folder.array(name, *self.layout.array(name, len(self)), mode="c")
+        if name not in self._arrays:
+            self.check(name)
+            self._arrays[name] = self.folder.array(name, *self.layout.array(name, len(self)), mode="c")
+        return self._arrays[name]
 
     def check(self, name: str) -> None:
         """Compare an array's bytes with their checksum, unless that was done before.
@@ -163,13 +173,9 @@ class Shard:
         blocks, codes = self.layout.code_shape(name)
         return torch.from_numpy(self.array(name))[:, : blocks * codes].unflatten(1, (blocks, codes))
 
-    @functools.cached_property
-    def _offset_array(self) -> np.memmap:
-        return self.array("offsets")
-
     def _offsets(self, index: int) -> list[list[int]]:
         position = index - self.start
-        return self._offset_array[position : position + 2].tolist()
+        return self.array("offsets")[position : position + 2].tolist()
 
     def _string(self, begin: int, end: int) -> str:
         raw = self._cut("strings", begin, end).tobytes()
@@ -210,7 +216,7 @@ def write_shard(
         if isinstance(examples, Shard):
             for name in EXAMPLE_ARRAYS:
                 examples.check(name)
-                link_tree(examples.folder.path / name, folder / name)
+                examples.folder.link(folder, f"{name}/")
         else:
             for name, array in zip(EXAMPLE_ARRAYS, _example_arrays(examples), strict=True):
                 np_ninja.from_ndarray(folder / name, array)

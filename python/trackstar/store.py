@@ -12,7 +12,7 @@ All folders are sealed and never change (see sealed.py); docs/format.md has the 
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class Store:
     def identity(self) -> dict[str, Any]:
         """What was built: spec, model, correction, dtype and so on, as JSON values."""
         return self.manifest.identity
+
+    @property
+    def parts(self) -> tuple[dict[str, Any], ...]:
+        """{"examples": count, "fingerprint": …} of the corpus of the build, and of every append and merge."""
+        return self.manifest.parts_within(self.end)
 
     @property
     def dtype(self) -> str:
@@ -171,6 +176,32 @@ class Store:
             start, number = shard.stop, number + 1
         return torch.cat(parts)
 
+    def indices_of(self, ids: Iterable[str]) -> list[int]:
+        """Indices of the rows with these ids, ascending, the deleted ones left out; every id's, if it has several.
+
+        Raises:
+            ValueError: there is no row with one of the ids.
+        """
+        wanted, found, indices = set(ids), set(), []
+        for shard in self.shards:
+            for position in shard.live.tolist():
+                name = shard.id(shard.start + position)
+                if name in wanted:
+                    found.add(name)
+                    indices.append(shard.start + position)
+        if wanted - found:
+            raise ValueError(f"ids must be of rows of {self.path}, got {min(wanted - found)!r}")
+        return indices
+
+    def require_complete(self) -> None:
+        """Require the work that makes the store to have been ended.
+
+        Raises:
+            StoreError: it was not.
+        """
+        if not self.complete:
+            raise StoreError(f"the store at {self.path} is not complete: run its build again to finish it")
+
     def text(self, index: int) -> str:
         """The text of example ``index``."""
         return self._shard_of(index).text(index)
@@ -238,6 +269,11 @@ class Shards(Sequence[Shard]):
         deleted = store.deleted[low:high] - record.start
         checked = memoryview(self._checked)[number : number + 1]
         return Shard(store.path, record, store.layout, deleted, checked)
+
+    @property
+    def records(self) -> ShardIndex:
+        """Rows and seals of the shards, without opening any."""
+        return self._index
 
     def find(self, row: int) -> int:
         """Number of the shard that holds ``row``."""

@@ -4,7 +4,6 @@ import math
 import os
 import random
 
-from trackstar.index import ShardIndex
 from trackstar.progress import track
 from trackstar.sealed import SealedFolder
 from trackstar.store import Store, open_store
@@ -32,11 +31,11 @@ def verify_store(path: str | os.PathLike[str] | Store, *, sample: float = 1.0, s
     damage = [line for folder in store.folders() for line in folder.damage()]
     if any(line.startswith("index/") for line in damage):
         return damage  # A damaged list of shards cannot be followed.
-    shards = ShardIndex(store.path, store.manifest, store.end)
-    numbers = sorted(random.Random(seed).sample(range(len(shards)), math.ceil(len(shards) * sample)))
-    records = [shards[number] for number in numbers]
-    with track("verifying", sum(record.stop - record.start for record in records)) as advance:
-        for record in records:
+    records = store.shards.records
+    numbers = random.Random(seed).sample(range(len(records)), math.ceil(len(records) * sample))
+    chosen = [records[number] for number in sorted(numbers)]
+    with track("verifying", sum(record.stop - record.start for record in chosen)) as advance:
+        for record in chosen:
             damage += SealedFolder(store.path, record.path, record.seal).damage()
             advance(record.stop - record.start)
     return damage

@@ -29,20 +29,17 @@ class Writer:
         self.path = path
         self.manifest = manifest
 
-    def commit(self, **changes: Any) -> None:
-        """Commit the manifest with ``changes`` to its fields."""
-        manifest = replace(self.manifest, **changes)
+    def commit(self, manifest: Manifest) -> None:
+        """Commit a manifest."""
         manifest.write(self.path)
         self.manifest = manifest
 
     def commit_shard(self, shard: ShardRecord) -> None:
         """Commit one more shard; with the last one, the work is finished and its rows are part of the store."""
         manifest = with_shard(self.path, self.manifest, shard)
-        self.commit(
-            segments=manifest.segments,
-            shards=manifest.shards,
-            finished=manifest.total if shard.stop == manifest.total else manifest.finished,
-        )
+        if shard.stop == manifest.total:
+            manifest = replace(manifest, finished=manifest.total)
+        self.commit(manifest)
 
 
 @contextlib.contextmanager
