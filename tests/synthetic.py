@@ -1,7 +1,8 @@
 """Stores of given rows, made without a model."""
 
+from dataclasses import replace
+
 import numpy as np
-import torch
 from trackstar.curvature import estimate_curvature
 from trackstar.examples import Encoded
 from trackstar.manifest import Manifest
@@ -31,7 +32,7 @@ def make_store(path, shards, *, dtype="float16", wide=None, name=str, metadata=l
     with making(path, begun) as writer:
         layout = writer.manifest.layout
         curvature = estimate_curvature([shards[0]], L, d, rotated=layout.narrow)
-        writer.commit(curvature=write_curvature(path, curvature))
+        writer.commit(replace(writer.manifest, curvature=write_curvature(path, curvature)))
         start = 0
         for rows in shards:
             indices = range(start, start + len(rows))

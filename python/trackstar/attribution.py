@@ -219,7 +219,7 @@ def _plan(
         raise ValueError(f'mixing must be "auto" or a number with 0 ≤ mixing < 1, got {mixing!r}')
     chosen = select(store, where)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(chosen):
-        limit = "the store's examples" if where is None else "the examples that where leaves"
+        limit = "the store's examples" if len(chosen) == len(store) else "the examples that where leaves"
         raise ValueError(f"k must be an int from 1 to {len(chosen)} ({limit}), got {k!r}")
     return plan_scan(store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory)
 

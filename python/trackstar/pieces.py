@@ -5,14 +5,15 @@ memory while the piece before it is scored, and given back as soon as it has bee
 store of any size keeps two pieces. (The system's cache of the file is left alone: a second scan finds it warm.)
 """
 
+import itertools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from trackstar.selection import Selection
+from trackstar.selection import Selection, shards_of
 from trackstar.shard import Shard
 from trackstar.store import Store
 
@@ -73,7 +74,7 @@ class Piece:
                 yield array, self._first * array.strides[0], self._stop * array.strides[0]
 
 
-def read_pieces(store: Store, chosen: Selection, size: int) -> Iterator[Piece]:
+def read_pieces(store: Store, chosen: Selection, size: int) -> Generator[Piece]:
     """The chosen rows in pieces of at most ``size``; shards that hold none of them are not opened.
 
     A piece is valid until the next one is asked for.
@@ -81,7 +82,7 @@ def read_pieces(store: Store, chosen: Selection, size: int) -> Iterator[Piece]:
     Raises:
         StoreError: a shard is damaged.
     """
-    pieces = (piece for shard in _shards(store, chosen) for piece in _pieces(shard, chosen, size))
+    pieces = (piece for shard in shards_of(store, chosen) for piece in _pieces(shard, chosen, size))
     with ThreadPoolExecutor(1, "trackstar-read") as reader:
         coming = reader.submit(next, pieces, None)
         while (piece := coming.result()) is not None:
@@ -90,22 +91,11 @@ def read_pieces(store: Store, chosen: Selection, size: int) -> Iterator[Piece]:
             piece.release()
 
 
-def _shards(store: Store, chosen: Selection) -> Iterator[Shard]:
-    """The shards that hold chosen rows."""
-    end = 0
-    for start, stop in chosen:
-        row = max(start, end)
-        while row < stop:
-            shard = store.shards[store.shards.find(row)]
-            yield shard
-            row = end = shard.stop
-
-
 def _pieces(shard: Shard, chosen: Selection, size: int) -> Iterator[Piece]:
     long_run = -(-LONG_RUN // shard.layout.row_bytes)
     count = -(-len(shard) // size)
     bounds = [shard.start + len(shard) * i // count for i in range(count + 1)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         runs = [np.arange(*run) for run in chosen.within(start, stop)]
         scattered = [run for run in runs if len(run) < long_run and len(runs) > 1]
         if scattered:

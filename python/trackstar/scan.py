@@ -16,7 +16,7 @@ from trackstar.selection import Selection
 from trackstar.store import Store
 from trackstar_kernels.scoring import merge_topk, prepare_task
 
-MEMORY = 256 << 20
+MEMORY = 256_000_000
 """Bytes that a scan takes at most, where nothing else is said."""
 
 SLACK = 8 << 20
@@ -67,7 +67,7 @@ class Scan:
         with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
             found = [self._pass(queries, mixing, batch, advance) for batch in self.batches]
         return [
-            tuple(torch.cat(halves) for halves in zip(*parts, strict=True))
+            (torch.cat([scores for scores, _ in parts]), torch.cat([indices for _, indices in parts]))
             for parts in zip(*found, strict=True)
         ]
 

@@ -1,6 +1,9 @@
 """Which of a store's rows a scan looks at."""
 
 import dataclasses
+import fnmatch
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
@@ -108,6 +111,24 @@ class Selection:
         return self & type(self)(starts[kept], stops[kept])
 
 
+def matching(field: str, pattern: str) -> Callable[[StoredExample], bool]:
+    """A predicate that keeps examples by a shell pattern.
+
+    Args:
+        field: "id", or a field of the metadata; examples without it are not kept.
+        pattern: such as "wiki/*"; what is no string is compared as JSON writes it.
+    """
+    fits = re.compile(fnmatch.translate(pattern)).match
+
+    def keep(example: StoredExample) -> bool:
+        value = example.id if field == "id" else example.metadata.get(field)
+        if value is None:
+            return False
+        return fits(value if isinstance(value, str) else json.dumps(value)) is not None
+
+    return keep
+
+
 Where = (
     range
     | Iterable[int]
@@ -136,21 +157,24 @@ def select(store: Store, *filters: Where) -> Selection:
         ValueError: a filter names a row or an id that the store does not hold, or no row is left.
         StoreError: a shard is damaged.
     """
-    deleted = Selection.of_rows(store.deleted.numpy())
-    chosen = Selection.of_range(0, store.end).without(deleted)
-    for where in sorted(filters, key=callable):
-        if where is not None:
-            chosen = chosen & _rows_of(store, where, chosen)
+    if len(store) == 0:
+        raise ValueError(f"the store at {store.path} has no rows left")
+    chosen = Selection.of_range(0, store.end).without(Selection.of_rows(store.deleted.numpy()))
+    for where in filters:
+        if where is not None and not callable(where):
+            chosen = chosen & _rows_of(store, where)
+    for where in filters:
+        if callable(where):
+            chosen = _find(store, chosen, where)
     if len(chosen) == 0:
         raise ValueError(f"where must keep at least one of the {len(store)} rows of the store, it keeps none")
     return chosen
 
 
-def _rows_of(store: Store, where: Any, among: Selection) -> Selection:
+def _rows_of(store: Store, where: Any) -> Selection:
+    """The rows that a filter other than a predicate names."""
     if isinstance(where, Selection):
         return where
-    if callable(where):
-        return _find(store, among, lambda shard, row: bool(where(StoredExample(shard, row))))
     if isinstance(where, range) and where.step == 1:
         if len(where) and not 0 <= where.start < where.stop <= store.end:
             raise ValueError(f"where must be a range within 0 to {store.end} (the store's rows), got {where}")
@@ -163,7 +187,7 @@ def _rows_of(store: Store, where: Any, among: Selection) -> Selection:
         where = where.numpy(force=True)
     given = where if isinstance(where, np.ndarray) else list(where)
     if len(given) and all(isinstance(entry, str) for entry in given):
-        return _rows_with_ids(store, among, set(given))
+        return Selection.of_rows(np.array(store.indices_of(given), np.int64))
     rows = np.asarray(given, dtype=None if len(given) else np.int64)
     if rows.ndim != 1 or rows.dtype.kind not in "iub":
         raise TypeError(
@@ -181,30 +205,26 @@ def _rows_of(store: Store, where: Any, among: Selection) -> Selection:
     return Selection.of_rows(rows)
 
 
-def _rows_with_ids(store: Store, among: Selection, ids: set[str]) -> Selection:
-    missing = set(ids)
-
-    def wanted(shard: Shard, row: int) -> bool:
-        found = shard.id(row)
-        missing.discard(found)
-        return found in ids
-
-    chosen = _find(store, among, wanted)
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(f"where must hold ids of the store's examples; it has no {min(missing)!r}{more}")
-    return chosen
-
-
-def _find(store: Store, among: Selection, keep: Callable[[Shard, int], bool]) -> Selection:
-    """Those rows of ``among`` for which ``keep`` holds."""
+def _find(store: Store, among: Selection, keep: Callable[[StoredExample], bool]) -> Selection:
+    """Those rows of ``among`` whose example ``keep`` keeps."""
     kept: list[int] = []
     with track("filtering", len(among), passing=True) as advance:
-        for shard in store.shards:
+        for shard in shards_of(store, among):
             for start, stop in among.within(shard.start, shard.stop):
-                kept += [row for row in range(start, stop) if keep(shard, row)]
+                kept += [row for row in range(start, stop) if keep(StoredExample(shard, row))]
                 advance(stop - start)
     return Selection.of_rows(np.array(kept, np.int64))
+
+
+def shards_of(store: Store, chosen: Selection) -> Iterator[Shard]:
+    """The shards that hold chosen rows, in order; the others are not opened."""
+    end = 0
+    for start, stop in chosen:
+        row = max(start, end)
+        while row < stop:
+            shard = store.shards[store.shards.find(row)]
+            yield shard
+            row = end = shard.stop
 
 
 def _array(value: int) -> np.ndarray:
