@@ -1,6 +1,7 @@
 """What becomes of a store when something goes wrong: nothing committed is lost, nothing damaged is served."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -471,7 +472,7 @@ def synthetic_store(path, size):
     examples = [Encoded("", "", nothing, nothing)] * count
     rows = torch.randn(count, BLOCKS, SIZE, generator=torch.Generator().manual_seed(0))
     with making(path, Manifest(identity, (BLOCKS, SIZE), ({"examples": total},), total)) as writer:
-        writer.commit(curvature=write_curvature(path, curvature))
+        writer.commit(dataclasses.replace(writer.manifest, curvature=write_curvature(path, curvature)))
         for first in range(0, total, count):
             stored = StoredRows.encode(rows, None, layout)
             writer.commit_shard(write_shard(path, layout, first, stored, examples))
