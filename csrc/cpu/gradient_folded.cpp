@@ -90,7 +90,7 @@ class FoldedProjection : Projection {
   static constexpr int64_t kDotDepth = 2048;
 
   const int64_t tokens_ = x_.offsets[x_.batch], padded_tokens_ = round_up(tokens_, kernels_.rows);
-  const int64_t token_block_ = block_for_threads(tokens_, kRowBlock);
+  const int64_t token_block_ = block_for_threads(tokens_, kRowBlock, 1);
   const TokenSketch left_, right_;
   // The last tile of rows may read beyond the last sketch.
   const int64_t grad_row_ = x_.rank * left_.padded + kernels_.rows;

@@ -30,6 +30,14 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class SketchKind(StrEnum):
+    """Kinds of random projections: see SketchSpec."""
+
+    rademacher = "rademacher"
+    gaussian = "gaussian"
+    countsketch = "countsketch"
+
+
 ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a transformers causal language model.")]
 DataOption = Annotated[Path, typer.Option("--data", help='JSONL of {"text": …} or {"input_ids": …}.')]
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
@@ -40,6 +48,12 @@ OptimizerOption = Annotated[
 CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
 SketchOption = Annotated[
     int, typer.Option(help="p = q: a module's gradient becomes sketch × sketch numbers.")
+]
+KindOption = Annotated[
+    SketchKind,
+    typer.Option(
+        help="Projections; countsketch makes the exact correction nearly free of the sketch's size."
+    ),
 ]
 BlocksOption = Annotated[str, typer.Option(help='"module", or a number of layer blocks.')]
 
@@ -58,13 +72,14 @@ def build(
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")] = Dtype.float16,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
+    kind: KindOption = SketchKind.rademacher,
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the projections.")] = 0,
 ) -> None:
     """Encode a corpus into a store, once; every later query is one scan of it."""
     from trackstar.build import build_store
 
-    spec = _spec(seed, sketch, blocks)
+    spec = _spec(seed, sketch, blocks, kind)
     examples = _read_jsonl(data, "--data")
     network, tokenizer = _load_model(model)
     chosen = _correction(network, tokenizer, examples, optimizer, correction, rank, estimate)
@@ -164,6 +179,7 @@ def plan(
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")] = Dtype.float16,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
+    kind: KindOption = SketchKind.rademacher,
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
 ) -> None:
     """Say what a build would need, without building: rows, disk, memory, time."""
@@ -173,7 +189,7 @@ def plan(
     from trackstar.passes import position_limit
     from trackstar.plan import plan_build
 
-    spec = _spec(0, sketch, blocks)
+    spec = _spec(0, sketch, blocks, kind)
     examples = _read_jsonl(data, "--data")
     network, tokenizer = _load_model(model)
     encoded = encode_examples(examples, tokenizer, position_limit(network))
@@ -184,10 +200,11 @@ def plan(
     typer.echo(f"{needs}")
 
 
-def _spec(seed: int, sketch: int, blocks: str) -> Any:
+def _spec(seed: int, sketch: int, blocks: str, kind: SketchKind) -> Any:
     from trackstar.spec import SketchSpec
 
-    return SketchSpec(seed=seed, sketch=sketch, blocks=int(blocks) if blocks.isdigit() else blocks)
+    grouping = int(blocks) if blocks.isdigit() else blocks
+    return SketchSpec(seed=seed, sketch=sketch, blocks=grouping, kind=kind.value)
 
 
 def _correction(
