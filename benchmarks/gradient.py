@@ -3,9 +3,8 @@
 Two yardsticks in torch, both into memory that is there already: the bare product ΔᵀX (torch.bmm), which an exact
 correction cannot avoid, and the obvious code of the same form. Beside them the floor: the form's arithmetic at the
 speed of the processor's multiply-adds (on a GPU, of a large matmul), or its bytes at the speed of memory, whichever
-takes longer. Kernels are
-called as the engine calls them, without the check for finite inputs. Everything is
-checked against the float64 definition before it is timed; rounds are interleaved, ratios are medians over rounds.
+takes longer. Kernels are called as the engine calls them, without the check for finite inputs. Everything is checked
+against the float64 definition before it is timed; rounds are interleaved, ratios are medians over rounds.
 
 The same table is made for the CPU and, where there is one, for a CUDA device.
 """
