@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import trackstar_kernels as tk
 from trackstar_kernels import _C
-from trackstar_kernels.scoring import _reference, merge_topk
+from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
 BACKENDS = ["reference", *NATIVE]
@@ -18,14 +18,22 @@ native_only = pytest.mark.parametrize("backend", NATIVE, indirect=True)
 DTYPES = [torch.float32, torch.float16]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    """Each backend of the CPU, the native one at each instruction set level; yields the backend's name."""
-    name, _, isa = request.param.partition(":")
+@contextmanager
+def on_backend(case):
+    """One of BACKENDS, the native one at its instruction set level; yields the backend's name."""
+    name, _, isa = case.partition(":")
     before = _C.isa()
     _C.set_isa(isa or before)
-    yield name
-    _C.set_isa(before)
+    try:
+        yield name
+    finally:
+        _C.set_isa(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with on_backend(request.param) as name:
+        yield name
 
 
 @contextmanager
@@ -49,12 +57,17 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def decode(rows, scales, dtype):
+    """Floating-point rows (N, L, d) times their scales."""
+    return tk.decode_rows(rows, scales, rows.shape[2], dtype)
+
+
 def exact_scores(queries, rows, scales=None):
     """(Q, N) in float64."""
     L = rows.shape[1] if rows.dim() == 3 else 1
     queries, rows = queries.reshape(len(queries), L, -1), rows.reshape(len(rows), L, -1)
     scales = None if scales is None else scales.reshape(len(rows), -1)
-    return queries.double().flatten(1) @ _reference.dequantize(rows, scales, torch.float64).flatten(1).T
+    return queries.double().flatten(1) @ decode(rows, scales, torch.float64).flatten(1).T
 
 
 def check_topk(result, exact, k, largest, tolerance, start=0):
@@ -77,7 +90,7 @@ def float32_tolerance(queries, rows, scales=None):
     L = rows.shape[1] if rows.dim() == 3 else 1
     q, r = queries.reshape(len(queries), L, -1), rows.reshape(len(rows), L, -1)
     s = None if scales is None else scales.reshape(len(rows), -1)
-    single = q.flatten(1) @ _reference.dequantize(r, s, torch.float32).flatten(1).T
+    single = q.flatten(1) @ decode(r, s, torch.float32).flatten(1).T
     exact = exact_scores(queries, rows, scales)
     magnitude = exact_scores(queries.abs(), rows.abs(), None if scales is None else scales.abs())
     return 2 * (single - exact).abs().amax() + 1e-7 * magnitude
@@ -247,17 +260,17 @@ def squared_norms(rows):
     return rows.float().square().sum(2)
 
 
-def exact_mixed(queries, rows, mixing, scales=None):
+def exact_mixed(queries, rows, mixing, scales=None, norms=None):
     """(Q, N) in float64."""
     N = len(rows)
-    scores, indices = _reference.mixed_topk(queries.double(), rows, None, N, mixing, scales, True, 0)
+    scores, indices = _reference.mixed_topk(queries.double(), rows, norms, N, mixing, scales, True, 0)
     return torch.empty_like(scores).scatter(1, indices, scores)
 
 
 def check_mixed(queries, rows, mixing, k=None, backend="cpu", scales=None, largest=True):
     k = k or len(rows)
     per_block = None if scales is None else scales.reshape(len(rows), -1)
-    norms = squared_norms(_reference.dequantize(rows, per_block, torch.float32))
+    norms = squared_norms(decode(rows, per_block, torch.float32))
     result = tk.mixed_topk(
         queries, rows, norms, k, mixing, scales=scales, largest=largest, start=5, backend=backend
     )
@@ -385,6 +398,21 @@ def test_mixed_ties_and_nans(largest, mixing):
             assert second == first + 1 and score[first] == score[second]
 
 
+@pytest.mark.parametrize("mixing", [0, 0.5])
+@pytest.mark.parametrize("Q", [3, 30])
+def test_a_prepared_task_gives_the_same_bits(backend, mixing, Q):
+    """For any shard, again and again, whatever else is asked of it in between."""
+    queries, rows = randn(Q, 2, 16), randn(90, 2, 16, seed=1)
+    norms, scales = squared_norms(rows), randn(90, 2, seed=2).abs()
+    task = prepare_task(queries, mixing, backend=backend)
+    for piece, largest in [(slice(0, 90), True), (slice(10, 50), False), (slice(0, 90), True)]:
+        arguments = rows[piece], norms[piece], 7
+        options = {"scales": scales[piece], "largest": largest, "start": piece.start}
+        found = task.topk(*arguments, **options)
+        wanted = tk.mixed_topk(queries, *arguments, mixing, **options, backend=backend)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
 def test_more_mixing_changes_the_answer():
     queries, rows = randn(8, 2, 16), randn(100, 2, 16, seed=1)
     plain, mixed = (exact_mixed(queries, rows, mixing) for mixing in (0.0, 0.9))
@@ -429,7 +457,12 @@ GOOD = {"queries": torch.ones(2, 3, 4), "rows": torch.ones(5, 3, 4), "k": 2}
         ({"queries": torch.full((2, 3, 4), torch.nan)}, ValueError, "queries must be finite"),
         ({"queries": torch.full((2, 3, 4), torch.inf)}, ValueError, "queries must be finite"),
         ({"rows": torch.ones(5, 3, 5)}, ValueError, r"rows must have shape \(N, 3, 4\), got \(5, 3, 5\)"),
-        ({"rows": torch.ones(5, 3, 4, dtype=torch.int8)}, TypeError, "float32, float16; got int8"),
+        ({"rows": torch.ones(5, 3, 4, dtype=torch.int16)}, TypeError, "int8, uint8, int32; got int16"),
+        (
+            {"rows": torch.ones(5, 3, 4, dtype=torch.int32)},
+            ValueError,
+            r"rows must have shape \(N, 3, 1\), got",
+        ),
         ({"rows": torch.ones(0, 3, 4)}, ValueError, "must not be empty"),
         ({"k": 0}, ValueError, r"k must be from 1 to N \(=5\), got 0"),
         ({"k": 6}, ValueError, r"k must be from 1 to N \(=5\), got 6"),
@@ -467,3 +500,6 @@ def test_mixed_topk_errors(change, error, message):
     arguments = {**GOOD, "squared_norms": torch.ones(5, 3), "mixing": 0.5, **change}
     with pytest.raises(error, match=message):
         tk.mixed_topk(**arguments)
+    task = {name: arguments.pop(name) for name in ("queries", "mixing")}
+    with pytest.raises(error, match=message):
+        prepare_task(**task).topk(**arguments)

@@ -39,7 +39,9 @@ from trackstar.writing import (
     write_staged,
 )
 from trackstar_kernels import encode_rows
-from trackstar_kernels.encode import DTYPES
+
+DTYPES = ("float32", "float16")
+"""Dtypes of stored rows."""
 
 SAMPLE = 10_000
 """Examples that R_train is the mean over, where there are more."""

@@ -3,11 +3,10 @@
 import torch
 
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._codes import DTYPES
 from trackstar_kernels._dispatch import implementation, register
 
 BACKENDS = register("encode_rows", {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")})
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def encode_rows(
@@ -19,15 +18,27 @@ def encode_rows(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Whitened rows in the dtype of a store, and their true norms: y[n, b] = whiteners[b] · rows[n, b].
 
+    Narrow codes stand for y[n, b] ≈ scales[n, b] · codes[n, b]: the scale is the one that leaves the least of y behind,
+    so that ‖y − ŷ‖² = ‖y‖² − ‖ŷ‖² for the decoded ŷ. :func:`trackstar_kernels.decode_rows` is the way back.
+
     Args:
         rows: (N, L, d) projected gradients, float32 or float64.
         whiteners: (L, d, d) with whiteners[b]ᵀ whiteners[b] = R_b⁻¹, same dtype; None leaves rows as they are.
-        dtype: "float32" or "float16", or the torch.dtype of that name.
+        dtype: "float32", "float16", "int8", "int4" or "sign", or the torch.dtype of that name.
         backend: None, "cpu", "triton" (float32 rows) or "reference".
 
     Returns:
-        codes (N, L, d) of ``dtype``; scales, None for these dtypes; squared_norms (N, L) float32, the norms
-        ‖y[n, b]‖² before narrowing.
+        codes, scales, and squared_norms (N, L) float32, the norms ‖y[n, b]‖² before narrowing. The codes are, by
+        dtype,
+
+        - float32, float16: (N, L, d) of that dtype, and scales is None;
+        - int8: (N, L, d) int8 from -127 to 127;
+        - int4: (N, L, ⌈d/2⌉) uint8, from -7 to 7 in two's complement: element 2i is in the low four bits of byte
+          i, element 2i + 1 in the high ones;
+        - sign: (N, L, ⌈d/32⌉) int32: bit i, from the lowest, of word j is 1 where element 32j + i is negative.
+
+        Bits left over are 0. Narrow dtypes have scales (N, L) float32: 0 for a block of zeros, NaN for one that
+        holds NaN or infinity.
 
     Raises:
         TypeError: an argument is not a tensor or of another dtype.
@@ -48,9 +59,9 @@ def encode_rows(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     device = check_same_device(rows=rows, whiteners=whiteners)
     run = implementation(__name__, "encode_rows", device, backend)
-    codes, squared_norms = run(rows, whiteners, DTYPES[dtype])
+    codes, scales, squared_norms = run(rows, whiteners, dtype)
     if dtype == "float16" and codes.isinf().any():
-        whitened, _ = run(rows, whiteners, torch.float32)
+        whitened, _, _ = run(rows, whiteners, "float32")
         lost = (codes.isinf() & whitened.isfinite()).any(dim=2)
         if lost.any():
             n, b = lost.nonzero()[0].tolist()
@@ -58,4 +69,4 @@ def encode_rows(
             raise ValueError(
                 f"rows[{n}] reaches {largest:.3g} in block {b}, beyond float16's 65504: use dtype float32"
             )
-    return codes, None, squared_norms
+    return codes, scales, squared_norms

@@ -1,18 +1,19 @@
 """Exact top-k over stored rows: plain inner products, and TrackStar's task-mixed scores."""
 
+from collections.abc import Callable
+
 import torch
 
 from trackstar_kernels._checks import check_count, check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._codes import DTYPES, NARROW, code_size
 from trackstar_kernels._dispatch import implementation, register
 from trackstar_kernels.scoring._merge import merge_topk
 
-__all__ = ["merge_topk", "mixed_topk", "score_topk"]
+__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk"]
 
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 register("score_topk", BACKENDS)
 register("mixed_topk", BACKENDS)
-
-ROW_DTYPES = (torch.float32, torch.float16)
 
 
 def score_topk(
@@ -35,10 +36,11 @@ def score_topk(
 
     Args:
         queries: (Q, D) or (Q, L, d) float32, finite.
-        rows: (N, D) or (N, L, d) float32 or float16. Rows that are not dense are copied.
+        rows: (N, D) or (N, L, d) float32 or float16, or int8, int4 or sign codes of :func:`encode_rows`, whose
+            dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
         k: results per query, 1 ≤ k ≤ N.
-        scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with rows of
-            shape (N, L, d).
+        scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with queries of
+            shape (Q, L, d). What codes stand for is their scales times the codes.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
         backend: None, "cpu" or "reference".
@@ -52,9 +54,12 @@ def score_topk(
         ValueError: a shape, k, start or the backend is wrong, or queries are not finite.
     """
     N = _check_inputs(queries, rows, k, scales, start)
-    if scales is None or scales.dim() == 1:
+    if scales is not None and scales.dim() == 1:
+        scales = scales[:, None]
+    if queries.dim() == 2:
+        queries, rows = queries[:, None], rows[:, None]
+    elif rows.dtype not in NARROW and (scales is None or scales.shape[1] == 1):
         queries, rows = queries.reshape(len(queries), 1, -1), rows.reshape(N, 1, -1)
-        scales = None if scales is None else scales[:, None]
     with torch.no_grad():
         return _score_topk(queries, rows, k, scales, largest, start, backend)
 
@@ -106,13 +111,14 @@ def mixed_topk(
 
     with x the queries, y the rows and R_b = λ · mean over the queries of x xᵀ + (1 − λ) · I: in coordinates
     whitened by the training rows' own second moment, the mixture of the task's and the training set's. The
-    score is a cosine, in [−1, 1]; a query or row of zeros scores 0. See this folder's README.md for how one
-    scan does it.
+    score is a cosine, in [−1, 1]; a query or row of zeros scores 0. What narrowing took from a row, ‖y‖² − ‖ŷ‖²
+    of which the squared norms know, counts in its norm as orthogonal to the queries. See this folder's README.md
+    for how one scan does it.
 
     Args:
         queries: (Q, L, d) float32, finite, whitened.
-        rows: (N, L, d) float32 or float16, whitened.
-        squared_norms: (N, L) float32, squared norm of each row's blocks, as kept by the store.
+        rows: (N, L, d) float32 or float16, or codes as in :func:`score_topk`; whitened.
+        squared_norms: (N, L) float32, squared norm of each row's blocks, as kept by the store: before narrowing.
         k: results per query, 1 ≤ k ≤ N.
         mixing: λ, 0 ≤ λ < 1.
         scales: multipliers of the rows, (N,) or (N, L) float32, as in :func:`score_topk`.
@@ -130,16 +136,8 @@ def mixed_topk(
 
     Source: TrackStar, arXiv 2410.17413, section 3 (task-specific Hessian).
     """
-    check_shape("queries", check_tensor("queries", queries), ("Q", "L", "d"))
-    check_shape("rows", check_tensor("rows", rows), ("N", *queries.shape[1:]))
-    N = _check_inputs(queries, rows, k, scales, start)
-    check_shape("squared_norms", check_tensor("squared_norms", squared_norms), (N, rows.shape[1]))
-    check_dtype("squared_norms", squared_norms, torch.float32)
-    check_same_device(queries=queries, squared_norms=squared_norms)
-    if isinstance(mixing, bool) or not isinstance(mixing, (int, float)):
-        raise TypeError(f"mixing must be a float, got {type(mixing).__name__}")
-    if not 0 <= mixing < 1:
-        raise ValueError(f"mixing must be at least 0 and less than 1, got {mixing}")
+    _check_task(queries, mixing)
+    _check_mixed_rows(queries, rows, squared_norms, k, scales, start)
     if scales is not None and scales.dim() == 1:
         scales = scales[:, None]
     with torch.no_grad():
@@ -159,9 +157,7 @@ def _mixed_topk(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`mixed_topk`, once shapes and dtypes are known to fit."""
-    _check_finite(queries)
-    run = implementation(__name__, "mixed_topk", queries.device, backend)
-    return run(queries, rows, squared_norms, k, mixing, scales, largest, start)
+    return _prepare(queries, mixing, backend)(rows, squared_norms, k, scales, largest, start)
 
 
 @_mixed_topk.register_fake
@@ -179,6 +175,58 @@ def _(
     return _empty_result(queries, k)
 
 
+def prepare_task(queries: torch.Tensor, mixing: float, *, backend: str | None = None) -> "Task":
+    """What :func:`mixed_topk` has to compute of its queries alone, once for any number of calls.
+
+    Args:
+        queries: (Q, L, d) float32, finite, whitened. Not to be changed while the task is in use.
+        mixing: λ, 0 ≤ λ < 1.
+        backend: None, "cpu" or "reference".
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: the shape, mixing or the backend is wrong, or queries are not finite.
+    """
+    _check_task(queries, mixing)
+    with torch.no_grad():
+        return Task(queries, _prepare(queries, float(mixing), backend))
+
+
+class Task:
+    """Queries and their Hessian, ready to score the shards of a store one after another: see :func:`prepare_task`."""
+
+    def __init__(self, queries: torch.Tensor, run: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Not to be called from outside: ``run`` is what a backend's ``prepare_task`` returned."""
+        self._queries = queries
+        self._run = run
+
+    def topk(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        *,
+        scales: torch.Tensor | None = None,
+        largest: bool = True,
+        start: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :func:`mixed_topk` returns for the task's queries and λ, bit for bit; same arguments, same errors."""
+        _check_mixed_rows(self._queries, rows, squared_norms, k, scales, start)
+        if scales is not None and scales.dim() == 1:
+            scales = scales[:, None]
+        with torch.no_grad():
+            return self._run(rows, squared_norms, k, scales, largest, start)
+
+
+def _prepare(
+    queries: torch.Tensor, mixing: float, backend: str | None
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The task as a function of (rows, squared_norms, k, scales, largest, start)."""
+    _check_finite(queries)
+    prepare = implementation(__name__, "mixed_topk", queries.device, backend, function="prepare_task")
+    return prepare(queries, mixing)
+
+
 def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
@@ -189,21 +237,46 @@ def _check_finite(queries: torch.Tensor) -> None:
         raise ValueError("queries must be finite, got NaN or infinity")
 
 
+def _check_task(queries: torch.Tensor, mixing: float) -> None:
+    check_shape("queries", check_tensor("queries", queries), ("Q", "L", "d"))
+    check_dtype("queries", queries, torch.float32)
+    if queries.numel() == 0:
+        raise ValueError(f"queries must not be empty, got shape {tuple(queries.shape)}")
+    if isinstance(mixing, bool) or not isinstance(mixing, (int, float)):
+        raise TypeError(f"mixing must be a float, got {type(mixing).__name__}")
+    if not 0 <= mixing < 1:
+        raise ValueError(f"mixing must be at least 0 and less than 1, got {mixing}")
+
+
+def _check_mixed_rows(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    start: int,
+) -> None:
+    N = _check_inputs(queries, rows, k, scales, start)
+    check_shape("squared_norms", check_tensor("squared_norms", squared_norms), (N, rows.shape[1]))
+    check_dtype("squared_norms", squared_norms, torch.float32)
+    check_same_device(queries=queries, squared_norms=squared_norms)
+
+
 def _check_inputs(
     queries: torch.Tensor, rows: torch.Tensor, k: int, scales: torch.Tensor | None, start: int
 ) -> int:
     """Check what the two ops share; returns N."""
     check_shape("queries", check_tensor("queries", queries), ("Q", "D"), ("Q", "L", "d"))
     check_dtype("queries", queries, torch.float32)
-    check_shape("rows", check_tensor("rows", rows), ("N", *queries.shape[1:]))
-    check_dtype("rows", rows, *ROW_DTYPES)
+    check_dtype("rows", check_tensor("rows", rows), *DTYPES.values())
+    check_shape("rows", rows, ("N", *queries.shape[1:-1], code_size(queries.shape[-1], rows.dtype)))
     N = len(rows)
     if min(*queries.shape, *rows.shape) == 0:
         raise ValueError(
             f"queries and rows must not be empty, got shapes {tuple(queries.shape)} and {tuple(rows.shape)}"
         )
     if scales is not None:
-        per_block = [(N, rows.shape[1])] if rows.dim() == 3 else []
+        per_block = [(N, rows.shape[1])] if queries.dim() == 3 else []
         check_shape("scales", check_tensor("scales", scales), (N,), *per_block)
         check_dtype("scales", scales, torch.float32)
     check_same_device(queries=queries, rows=rows, scales=scales)
