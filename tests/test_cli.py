@@ -68,6 +68,8 @@ def store(folder):
         "6",
         "--sketch",
         "4",
+        "--kind",
+        "countsketch",
         "--dtype",
         "float32",
     )
@@ -147,6 +149,7 @@ def test_info_and_verify(store, monkeypatch, capsys):
     assert code == 0
     assert "18 rows of 14×16 float32" in out
     assert '"source": "estimate:6"' in out
+    assert '"kind": "countsketch"' in out
     code, out, _ = call_main(monkeypatch, capsys, "verify", store)
     assert (code, out.strip()) == (0, "18 rows in 1 shards, all as written; complete")
 

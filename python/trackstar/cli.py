@@ -14,8 +14,10 @@ from trackstar.cli_options import (
     DataOption,
     Dtype,
     DtypeOption,
+    KindOption,
     ModelOption,
     OptimizerOption,
+    SketchKind,
     SketchOption,
     StoreArgument,
     WideOption,
@@ -49,13 +51,14 @@ def build(
     wide: WideOption = None,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
+    kind: KindOption = SketchKind.rademacher,
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the projections.")] = 0,
 ) -> None:
     """Encode a corpus into a store, once; every later query is one scan of it."""
     from trackstar.build import build_store
 
-    spec = _spec(seed, sketch, blocks)
+    spec = _spec(seed, sketch, blocks, kind)
     examples = read_jsonl(data, "--data")
     network, tokenizer = load_model(model)
     chosen = _correction(network, tokenizer, examples, optimizer, correction, rank, estimate)
@@ -168,6 +171,7 @@ def plan(
     wide: WideOption = None,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
+    kind: KindOption = SketchKind.rademacher,
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
 ) -> None:
     """Say what a build would need, without building: rows, disk, memory, time."""
@@ -178,7 +182,7 @@ def plan(
     from trackstar.passes import position_limit
     from trackstar.plan import plan_build
 
-    spec = _spec(0, sketch, blocks)
+    spec = _spec(0, sketch, blocks, kind)
     examples = read_jsonl(data, "--data")
     network, tokenizer = load_model(model)
     encoded = encode_examples(examples, tokenizer, position_limit(network))
@@ -194,10 +198,11 @@ for command in cli_stores.COMMANDS:
     app.command()(command)
 
 
-def _spec(seed: int, sketch: int, blocks: str) -> Any:
+def _spec(seed: int, sketch: int, blocks: str, kind: SketchKind) -> Any:
     from trackstar.spec import SketchSpec
 
-    return SketchSpec(seed=seed, sketch=sketch, blocks=int(blocks) if blocks.isdigit() else blocks)
+    grouping = int(blocks) if blocks.isdigit() else blocks
+    return SketchSpec(seed=seed, sketch=sketch, blocks=grouping, kind=kind.value)
 
 
 def _correction(

@@ -27,6 +27,14 @@ class Dtype(StrEnum):
     sign = "sign"
 
 
+class SketchKind(StrEnum):
+    """Kinds of random projections: see SketchSpec."""
+
+    rademacher = "rademacher"
+    gaussian = "gaussian"
+    countsketch = "countsketch"
+
+
 class Wide(StrEnum):
     """Dtypes of a wider copy of the rows."""
 
@@ -44,6 +52,12 @@ OptimizerOption = Annotated[
 CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
 SketchOption = Annotated[
     int, typer.Option(help="p = q: a module's gradient becomes sketch × sketch numbers.")
+]
+KindOption = Annotated[
+    SketchKind,
+    typer.Option(
+        help="Projections; countsketch makes the exact correction nearly free of the sketch's size."
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")]
 WideOption = Annotated[

@@ -32,7 +32,7 @@ def score_topk(
     _C.score_topk(
         queries=queries.data_ptr(),
         rows=_rows_at(rows, scales),
-        top=_top_at(scores, indices, largest),
+        tops=[_top_at(scores, indices, largest)],
         threads=torch.get_num_threads(),
     )
     return scores, indices.add_(start)
@@ -112,7 +112,7 @@ class _MixedTask:
                 task=self.panels,
                 squared_norms=squared_norms.data_ptr(),
                 rows=_rows_at(rows, scales),
-                top=_top_at(scores, indices, largest),
+                tops=[_top_at(scores, indices, largest)],
                 doubtful=doubtful.data_ptr(),
                 threads=torch.get_num_threads(),
             )
