@@ -4,7 +4,8 @@ from conftest import make_examples, make_llama
 from torch import nn
 from trackstar import SecondMoments, fingerprint
 from trackstar.correction import Correction, fit_rank
-from trackstar.modules import is_conv1d, select_modules
+from trackstar.modules import select_weights
+from trackstar.weights import is_conv1d
 
 
 def trained(model, optimizer, steps=3):
@@ -27,10 +28,10 @@ def test_adam_state_gives_bias_corrected_moments(model, kind, tmp_path):
     for state in (optimizer.state_dict(), tmp_path / "optimizer.pt", str(tmp_path)):
         second = SecondMoments.from_optimizer(state, model)
         assert second.source == "optimizer:adam"
-        assert list(second.moments) == list(select_modules(model))
-        for name, module in select_modules(model).items():
+        assert list(second.moments) == list(select_weights(model))
+        for name, weight in select_weights(model).items():
             v = optimizer.state[parameter_of(model, name)]["exp_avg_sq"] / (1 - 0.99**3)
-            assert torch.equal(second.moments[name], v.T if is_conv1d(module) else v)
+            assert torch.equal(second.moments[name], v.T if is_conv1d(weight.module) else v)
             assert second.eps[name] == 1e-7
 
 
@@ -41,7 +42,7 @@ def test_a_trainers_two_groups(llama):
         llama, torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1e-3)
     )
     second = SecondMoments.from_optimizer(optimizer.state_dict(), llama)
-    for name in select_modules(llama):
+    for name in select_weights(llama):
         v = optimizer.state[parameter_of(llama, name)]["exp_avg_sq"] / (1 - 0.999**3)
         torch.testing.assert_close(second.moments[name], v)
 
@@ -93,9 +94,9 @@ def test_estimate_is_the_mean_of_squared_gradients(model):
         ids = torch.tensor([example["input_ids"]])
         logits = model(input_ids=ids).logits[0]
         nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").backward()
-        for name, module in select_modules(model).items():
-            gradient = module.weight.grad.double()
-            sums[name] += (gradient.T if is_conv1d(module) else gradient) ** 2
+        for name, weight in select_weights(model).items():
+            gradient = weight.module.weight.grad.double()
+            sums[name] += (gradient.T if is_conv1d(weight.module) else gradient) ** 2
     for name, v in second.moments.items():
         assert (v - sums[name] / 3).norm() < 1e-4 * (sums[name] / 3).norm()
         assert second.eps[name] == pytest.approx(0.01 * v.mean().sqrt().item())

@@ -53,6 +53,12 @@ class Batch:
     labels: torch.Tensor
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T) of the tokens; (1, ΣT) where packed."""
+        rows, length = self.tokens.shape
+        return rows, length
+
+    @property
     def offsets(self) -> torch.Tensor | None:
         """(B + 1,) int64, where packed examples begin, and the end; None where padded."""
         if self.positions is None:
@@ -98,6 +104,7 @@ class LeanPass:
         with self, torch.no_grad():
             self._decoder = self._try("the logits of the whole batch are kept", self._find_decoder)
             self._longest_packed = self._try("batches are padded", self._find_longest_packed) or 0
+            self._can_pad = self._try("some examples run one by one", self._check_padding) or False
 
     def _try(self, without: str, find: Callable[[], T]) -> T | None:
         """What ``find`` finds, or None and a note of what the pass is like ``without`` it."""
@@ -121,7 +128,14 @@ class LeanPass:
 
     def batches(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
         """Positions of examples of these lengths in batches of at most ``budget`` tokens."""
-        return length_batches(lengths, budget, padded=not self._longest_packed)
+        batches = length_batches(lengths, budget, padded=not self._longest_packed)
+        if self._can_pad:
+            return batches
+        return [
+            part
+            for batch in batches
+            for part in ([batch] if lengths[batch[-1]] <= self._longest_packed else [[i] for i in batch])
+        ]
 
     def logit_tokens(self, tokens: int) -> int:
         """Tokens, of a batch of ``tokens``, whose logits exist at once; counted double where gradients join them."""
@@ -154,8 +168,8 @@ class LeanPass:
     def run(self, batch: Batch, loss: Loss = nll) -> None:
         """One forward and backward pass over a batch.
 
-        No attention mask is needed where it is padded: a causal model never sees the padding that follows an
-        example, and the padding has no label.
+        No attention mask is needed where it is padded: the model was seen not to mind what follows an example, and
+        the padding has no label.
         """
         with torch.enable_grad():
             output = self._forward(batch.tokens, batch.positions, batch.lengths)
@@ -243,19 +257,41 @@ class LeanPass:
             self._forward(torch.cat([start, second], dim=1), places, (5, 7))
             for start in (first, first.flip(1))
         )
-        size, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
-        # Too strict costs a model of narrow weights some speed; too lax would cost it its results.
-        if (packed - alone).abs().max() > min(1e4 * eps, 0.03) * size:
-            raise _Unsafe("examples packed in one row give other results than by themselves")
-        # Sharper: a batch's shape may change the rounding, but the content of other examples may not.
-        if (packed - other)[:, 5:].abs().max() > min(10 * eps, 0.03) * size:
-            raise _Unsafe("examples packed in one row see each other")
+        _require_same("packed in one row", packed[:, 5:], other[:, 5:], packed, alone)
         windows = (getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         return min((window for window in windows if window is not None), default=2**62)
+
+    def _check_padding(self) -> bool:
+        """Whether examples may be padded, to be run together.
+
+        Raises:
+            _Unsafe: padding would change the model's results.
+        """
+        first, second = _probe(self.model, 12).split((5, 7), dim=1)
+        alone = torch.cat([self._forward(tokens, None, ())[0] for tokens in (first, second)])
+        padded, other = (
+            self._forward(torch.cat([nn.functional.pad(start, (0, 2)), second]), None, ())
+            for start in (first, first.flip(1))
+        )
+        _require_same("padded", padded[1], other[1], torch.cat([padded[0, :5], padded[1]]), alone)
+        return True
 
 
 class _Unsafe(Exception):
     """Why a shortcut would change results."""
+
+
+def _require_same(
+    how: str, one: torch.Tensor, other: torch.Tensor, together: torch.Tensor, alone: torch.Tensor
+) -> None:
+    """Require the same results beside ``one`` example as beside an ``other``, and together as alone."""
+    size, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
+    # Too strict costs a model of narrow weights some speed; too lax would cost it its results.
+    if not (together - alone).abs().max() <= min(1e4 * eps, 0.03) * size:
+        raise _Unsafe(f"examples {how} give other results than by themselves")
+    # Sharper: a batch's shape may change the rounding, but the content of other examples may not.
+    if not (one - other).abs().max() <= min(10 * eps, 0.03) * size:
+        raise _Unsafe(f"examples {how} see each other")
 
 
 def _probe(model: nn.Module, length: int) -> torch.Tensor:

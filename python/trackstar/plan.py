@@ -11,7 +11,7 @@ from trackstar.durable import require_disk
 from trackstar.examples import Encoded
 from trackstar.layout import Layout
 from trackstar.lean import LeanPass
-from trackstar.modules import fan, select_modules
+from trackstar.modules import select_weights
 from trackstar.passes import BATCH_TOKENS, has_loss, rows_of, vocabulary_size
 from trackstar.shard import example_bytes
 
@@ -103,7 +103,10 @@ def plan_build(
 def _memory(lean: LeanPass, collector: GradientCollector, correction: Correction | None) -> int:
     """Model + correction + a batch's activations and logits + a shard of rows, twice + R_train in its forms."""
     weights = sum(p.numel() * p.element_size() for p in lean.model.parameters())
-    features = sum(sum(fan(module)) for module in select_modules(lean.model).values())
+    # A token sees few experts of a mixture, which are a group.
+    features = sum(
+        sum(shape) for shape in {w.group: w.shape for w in select_weights(lean.model).values()}.values()
+    )
     # Activations are kept once, gradients and the attention's own buffers about double them.
     activations = BATCH_TOKENS * 4 * 2 * features
     logits = lean.logit_tokens(BATCH_TOKENS) * 4 * vocabulary_size(lean.model)
