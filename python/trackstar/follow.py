@@ -180,12 +180,15 @@ class Follower(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         if function is functional.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
+        if function is torch.Tensor.backward:
+            with self:  # gradient checkpointing runs parts of the model again
+                return torch.autograd.backward(args[0], kwargs.pop("gradient"), **kwargs)
         output = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name == "__get__":  # of a property, such as .T
@@ -252,34 +255,29 @@ class Follower(TorchFunctionMode):
         self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
         x, matrix = _operands(name, args, kwargs)
-        linear, turned = name == "linear", False
-        place = self._place(matrix)
+        place, linear, turned = self._place(matrix), name == "linear", False
         if place is None and not linear and (place := self._place(x)) is not None:
-            x, matrix, linear, turned = (
-                matrix,
-                x,
-                True,
-                True,
-            )  # M x, its features along the last dimension but one
-        origin = self._listener.layout().origin(x)
+            # M x, whose features are along the last dimension but one.
+            x, matrix, linear, turned = matrix, x, True, True
+        layout = self._listener.layout()
         if place is None:
-            set_origin(output, None if origin is None else origin.like(output.shape))
+            layout.trace_product(x, matrix, output)
             return output
         names = [w.name for w in place.weights(len(matrix) if matrix.dim() == 3 else 1)]
         if not names:
             return output
+        origin = layout.known_origin(x)
         if origin is None:
             raise RuntimeError(
                 f"{names[0]!r} multiplies a tensor of shape {tuple(x.shape)}, and it is not known which example each "
                 "of its rows belongs to"
             )
         output = self._listener.start(output, names)
-        if turned:
-            origin = origin.through(_turn)
         set_origin(output, None if turned else origin.like(output.shape))
+        owners = (origin.through(lambda numbers: numbers.mT) if turned else origin).rows()
         rows = (x.mT if turned else x).detach().flatten(0, -2)
         parts = _parts(name, args, kwargs, matrix, len(rows))
-        owners, version = origin.rows(), x._version
+        version, examples = x._version, origin.examples
 
         def tell(grad: torch.Tensor) -> None:
             if x._version != version:
@@ -290,7 +288,7 @@ class Follower(TorchFunctionMode):
             with torch.no_grad():
                 for expert, part in enumerate(parts, start=place.expert):
                     if part.stop > part.start:
-                        product = _Product(place, linear, expert, rows[part], owners[part], origin.examples)
+                        product = _Product(place, linear, expert, rows[part], owners[part], examples)
                         for use in product.uses(by_rows[part]):
                             self._listener.use(use)
 
@@ -327,10 +325,6 @@ def _parts(
     else:
         stops = [(i + 1) * count // len(matrix) for i in range(len(matrix))]
     return [slice(start, stop) for start, stop in itertools.pairwise([0, *stops])]
-
-
-def _turn(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.mT
 
 
 # torch's own, without the shortcut by which it would show itself to the follower as one function.

@@ -301,7 +301,12 @@ def _probe(model: nn.Module, length: int) -> torch.Tensor:
 
 
 def _attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **options: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each packed example, through torch's fused kernel.
 
@@ -312,7 +317,7 @@ def _attend(
         query: (1, heads, ΣT, head size).
         key: (1, key–value heads, ΣT, head size).
         value: likewise.
-        mask: None.
+        attention_mask: None.
         options: what transformers passes to every attention function.
 
     Returns:

@@ -44,32 +44,49 @@ _ATTRIBUTE = "_trackstar_origin"
 class Origin:
     """Which example each element of a tensor belongs to.
 
-    Attributes:
+    Args:
         examples: how many examples there are.
+        find: finds the numbers; None where they prove to be unknown.
     """
 
-    def __init__(self, examples: int, find: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, examples: int, find: Callable[[], torch.Tensor | None]) -> None:
         self.examples = examples
-        self._find = find
+        self._find: Callable[[], torch.Tensor | None] | None = find
         self._numbers: torch.Tensor | None = None
 
-    def numbers(self) -> torch.Tensor:
-        """Example numbers, int32, in the tensor's shape."""
-        if self._numbers is None:
-            self._numbers = self._find()
+    def numbers(self) -> torch.Tensor | None:
+        """Example numbers, int32, in the tensor's shape; None where they are unknown."""
+        if self._find is not None:
+            self._numbers, self._find = self._find(), None
         return self._numbers
 
     def rows(self) -> torch.Tensor:
-        """Example numbers of the rows, (n,) int32: what stands along the last dimension is one row."""
-        return self.numbers()[..., 0].flatten()
+        """Known example numbers of the rows, (n,) int32: what stands along the last dimension is one row."""
+        numbers = self.numbers()
+        if numbers is None:
+            raise RuntimeError("the examples of these rows are not known")
+        return numbers[..., 0].flatten()
+
+    def through(self, function: Callable[[torch.Tensor], torch.Tensor | None]) -> "Origin":
+        """Origin of what ``function`` makes of the numbers."""
+        return Origin(
+            self.examples, lambda: None if (numbers := self.numbers()) is None else function(numbers)
+        )
 
     def like(self, shape: Sequence[int]) -> "Origin":
         """Origin of a tensor with the same rows, of another length."""
-        return Origin(self.examples, lambda: self.numbers()[..., :1].expand(shape))
+        return self.through(lambda numbers: numbers[..., :1].expand(shape))
 
-    def through(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Origin":
-        """Origin of what ``function`` made of the tensor, by moving its elements."""
-        return Origin(self.examples, lambda: function(self.numbers()))
+    def batched(self, shape: Sequence[int]) -> "Origin":
+        """Origin of a tensor made by who knows what, if each example is an element of the first dimension."""
+
+        def find(numbers: torch.Tensor) -> torch.Tensor | None:
+            first = torch.arange(self.examples, dtype=torch.int32, device=numbers.device)
+            if len(numbers) != self.examples or not (numbers.flatten(1) == first[:, None]).all():
+                return None
+            return first.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+        return self.through(find)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +111,7 @@ class Layout:
         """
         shape = tuple(tensor.shape)
         if self.offsets is not None:
-            if shape[:2] != (1, int(self.offsets[-1])):
+            if shape[:2] != self.shape:
                 return None
             counts = self.offsets.diff()
             numbers = torch.repeat_interleave(torch.arange(len(counts)), counts)[None]
@@ -118,6 +135,22 @@ class Layout:
         if found is None and not isinstance(tensor, nn.Parameter):
             found = self.root(tensor, lost=hasattr(tensor, _ATTRIBUTE))
         return found
+
+    def known_origin(self, tensor: torch.Tensor) -> Origin | None:
+        """Origin of a tensor, whose numbers are known for sure; else None."""
+        found = self.origin(tensor)
+        if found is None or found.numbers() is None:
+            found = self.root(tensor, lost=True)
+        return found
+
+    def trace_product(self, x: torch.Tensor, other: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep the origin of what a product made of ``x``, whose rows it has, and ``other``."""
+        source = self.origin(x)
+        if source is not None and x.shape[:-1] == output.shape[:-1]:
+            set_origin(output, source.like(output.shape))
+        else:
+            sources = [source, self.origin(other)]
+            set_origin(output, _batched([s for s in sources if s is not None], output))
 
     def trace(
         self,
@@ -143,32 +176,51 @@ class Layout:
                     found = source.through(_again(name, function, args, kwargs, i if several else None))
                 set_origin(made, found)
         elif name in JOINS:
-            sources = [self.origin(tensor) for tensor in first]
-            known = [source for source in sources if source is not None]
-            found = None
-            if known and len(known) == len(sources):
-                rest = args[1:]
-                found = Origin(
-                    known[0].examples, lambda: function([s.numbers() for s in known], *rest, **kwargs)
-                )
-            set_origin(output, found)
+            set_origin(
+                output,
+                self._joined([self.origin(tensor) for tensor in first], function, args, kwargs, output),
+            )
         elif name in WRITES:
             if isinstance(output, torch.Tensor) and output is not first:
                 set_origin(output, self.origin(first))
         else:
             self._trace_rows(name, [*args, *kwargs.values()], [made for _, made in outputs])
 
+    def _joined(
+        self,
+        sources: Sequence[Origin | None],
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        made: torch.Tensor,
+    ) -> Origin | None:
+        known = [source for source in sources if source is not None]
+        if not known:
+            return None
+        if len(known) < len(sources):  # a learned token before those of each example
+            return _batched(known, made)
+
+        def find() -> torch.Tensor | None:
+            parts = [source.numbers() for source in known]
+            return None if any(part is None for part in parts) else function(parts, *args[1:], **kwargs)
+
+        return Origin(known[0].examples, find)
+
     def _trace_rows(self, name: str, arguments: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
         given = [tensor for tensor in _tensors(arguments) if not isinstance(tensor, nn.Parameter)]
+        known = [(t.shape[:-1], source) for t in given if (source := self.origin(t)) is not None]
         for made in outputs:
-            sources = (self.origin(t) for t in given if t.dim() and t.shape[:-1] == made.shape[:-1])
-            found = next((source for source in sources if source is not None), None)
             if any(made is tensor for tensor in given):  # written in place, row by row
                 continue
+            found = next((source for rows, source in known if rows == made.shape[:-1]), None)
             if found is not None and name not in MIXES:
                 set_origin(made, found.like(made.shape))
-            elif given:
-                set_origin(made, None)
+            else:
+                set_origin(made, _batched([source for _, source in known], made))
+
+
+def _batched(sources: Sequence[Origin], made: torch.Tensor) -> Origin | None:
+    return next((s.batched(made.shape) for s in sources if made.dim() > 1 and s.examples == len(made)), None)
 
 
 def set_origin(tensor: torch.Tensor, origin: Origin | None) -> None:

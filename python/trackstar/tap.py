@@ -48,6 +48,7 @@ class GradientTap:
         self.offsets: torch.Tensor | None = None
         self.shape: tuple[int, int] | None = None
         self._seen_shape: tuple[int, int] | None = None
+        self._layout = Layout()
         self._on_gradient = on_gradient
         self._on_forward = on_forward
         self._hooked: dict[nn.Module, list[Weight]] = {}
@@ -81,9 +82,11 @@ class GradientTap:
 
     def layout(self) -> Layout:
         """Where the examples of the pass under way are."""
-        if self.offsets is not None:
-            return Layout(self.offsets, (1, int(self.offsets[-1])))
-        return Layout(None, self._seen_shape if self.shape is None else self.shape)
+        shape = self._seen_shape if self.shape is None else self.shape
+        if self._layout.offsets is not self.offsets or (self.offsets is None and self._layout.shape != shape):
+            packed = None if self.offsets is None else (1, int(self.offsets[-1]))
+            self._layout = Layout(self.offsets, shape if packed is None else packed)
+        return self._layout
 
     def start(self, output: torch.Tensor, names: Iterable[str]) -> torch.Tensor:
         """The weights of these names made this output; returns it, differentiable."""
