@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trackstar.spec import SketchSpec as SketchSpec
     from trackstar.store import Store as Store
     from trackstar.store import open_store as open_store
+    from trackstar.training import TrainerRows as TrainerRows
     from trackstar.verify import verify_store as verify_store
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "SketchSpec": "spec",
     "Store": "store",
     "StoreError": "errors",
+    "TrainerRows": "training",
     "append_store": "append",
     "attribute": "attribution",
     "build_store": "build",

@@ -1,5 +1,7 @@
 """Per-example projected gradients of any torch model, from any loss, in any training loop."""
 
+import fnmatch
+import re
 from types import TracebackType
 
 import torch
@@ -136,19 +138,36 @@ class GradientCollector:
         self._ran.add(name)
 
     def _require_all_captured(self) -> None:
-        # Experts of a mixture may do without tokens, but not all of them.
+        # Experts of a mixture may do without tokens.
         captured = {self.weights[name].group for name in self._captured}
-        missing = [name for name, weight in self.weights.items() if weight.group not in captured]
+        missing = [
+            name
+            for name, weight in self.weights.items()
+            if weight.group not in captured
+            and not (weight.expert is not None and name in self._ran and self._tap.unfollowed(name) is None)
+        ]
         if missing:
-            why = (
-                "took part in the forward pass but received no gradient"
-                if missing[0] in self._ran
-                else "did not run"
-            )
+            reader = self._tap.unfollowed(missing[0])
+            if reader is not None:
+                why = f"is used through {reader!r}, whose gradients are not followed"
+            elif missing[0] in self._ran:
+                why = "took part in the forward pass but received no gradient"
+            else:
+                why = "did not run"
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            modules = [*(self._spec.modules or ()), *self._exclusions(missing)]
             raise RuntimeError(
-                f"module {missing[0]!r}{more} {why}; leave it out through SketchSpec(modules=[{'!' + missing[0]!r}])"
+                f"module {missing[0]!r}{more} {why}; leave it out: SketchSpec(modules={modules})"
             )
+
+    def _exclusions(self, names: list[str]) -> list[str]:
+        """Patterns that leave out these weights and no others."""
+        patterns: dict[str, None] = {}
+        for name in names:
+            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+            exact = set(fnmatch.filter(self.weights, pattern)) <= set(names)
+            patterns["!" + (pattern if exact else name)] = None
+        return list(patterns)
 
     def _add(self, use: Use) -> None:
         if not self._captured:

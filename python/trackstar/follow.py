@@ -150,6 +150,9 @@ class _Product:
 class Follower(TorchFunctionMode):
     """Inside a ``with`` block, tells a listener the gradient of every watched weight that a product is with.
 
+    Attributes:
+        unfollowed: {weight: name of a function that read it, of which a gradient is not known}.
+
     Raises, from the model's own code:
         RuntimeError: a watched weight multiplies rows of which it is not known which examples they belong to.
     """
@@ -159,6 +162,7 @@ class Follower(TorchFunctionMode):
         self._weights = list(weights)
         self._listener = listener
         self._parameters: dict[int, list[_Parameter]] = {}
+        self.unfollowed: dict[str, str] = {}
 
     def __enter__(self) -> "Follower":
         self._parameters = {}
@@ -200,7 +204,19 @@ class Follower(TorchFunctionMode):
         self._listener.layout().trace(name, function, args, kwargs, output)
         if name in MOVES | COPIES:
             self._trace_matrix(name, function, args, kwargs, output)
+        self._note_reading(name, args, output)
         return output
+
+    def _note_reading(self, name: str, args: tuple[Any, ...], output: Any) -> None:
+        """Remember who read a watched parameter other than through a view or a converted copy."""
+        if not isinstance(output, torch.Tensor) or hasattr(output, _COPY_OF):
+            return
+        for read in args:
+            place = self._place(read) if isinstance(read, torch.nn.Parameter) else None
+            if place is None or output.untyped_storage().data_ptr() == read.untyped_storage().data_ptr():
+                continue
+            for weights in place.parameter.weights.values():
+                self.unfollowed.update((weight.name, name) for weight in weights)
 
     def _trace_matrix(
         self,

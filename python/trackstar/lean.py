@@ -91,6 +91,7 @@ class LeanPass:
 
     Attributes:
         model: the model.
+        can_pad: whether the model is known not to mind what follows an example.
         skipped: why the model runs without a shortcut, a sentence for each; empty where all are taken.
     """
 
@@ -104,7 +105,7 @@ class LeanPass:
         with self, torch.no_grad():
             self._decoder = self._try("the logits of the whole batch are kept", self._find_decoder)
             self._longest_packed = self._try("batches are padded", self._find_longest_packed) or 0
-            self._can_pad = self._try("some examples run one by one", self._check_padding) or False
+            self.can_pad = self._try("some examples run one by one", self._check_padding) or False
 
     def _try(self, without: str, find: Callable[[], T]) -> T | None:
         """What ``find`` finds, or None and a note of what the pass is like ``without`` it."""
@@ -129,7 +130,7 @@ class LeanPass:
     def batches(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
         """Positions of examples of these lengths in batches of at most ``budget`` tokens."""
         batches = length_batches(lengths, budget, padded=not self._longest_packed)
-        if self._can_pad:
+        if self.can_pad:
             return batches
         return [
             part
@@ -141,11 +142,15 @@ class LeanPass:
         """Tokens, of a batch of ``tokens``, whose logits exist at once; counted double where gradients join them."""
         return 2 * tokens if self._decoder is None else min(tokens, CHUNK_TOKENS)
 
-    def arrange(self, examples: Sequence[Encoded]) -> Batch:
-        """The examples as one batch on the model's device."""
+    def can_pack(self, examples: Sequence[Encoded]) -> bool:
+        """Whether these examples may follow each other in one row."""
+        return max(len(example) for example in examples) <= self._longest_packed
+
+    def arrange(self, examples: Sequence[Encoded], *, packed: bool | None = None) -> Batch:
+        """The examples as one batch on the model's device, packed if asked or, where nobody asks, if they can be."""
         lengths = [len(example) for example in examples]
         longest = max(lengths)
-        packed = longest <= self._longest_packed
+        packed = self.can_pack(examples) if packed is None else packed
         shape = (1, sum(lengths)) if packed else (len(lengths), longest)
         tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
         starts = [0, *itertools.accumulate(lengths if packed else [longest] * len(lengths))]

@@ -57,6 +57,10 @@ class GradientTap:
                 self._hooked.setdefault(weight.module, []).append(weight)
         followed = [weight for weight in weights.values() if weight.followed]
         self._follower = Follower(followed, self) if followed else None
+        self._experts: dict[nn.Module, list[str]] = {}
+        for weight in followed:
+            if weight.expert is not None:
+                self._experts.setdefault(weight.module, []).append(weight.name)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "GradientTap":
@@ -68,6 +72,8 @@ class GradientTap:
             hook = partial(self._after_forward, see, weights)
             self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         if self._follower is not None:
+            for owner, names in self._experts.items():
+                self._hooks.append(owner.register_forward_pre_hook(partial(self._before_experts, names)))
             self._follower.__enter__()
         return self
 
@@ -109,6 +115,15 @@ class GradientTap:
         output_grads, offsets = self._arrange(weight.name, grad, layout)
         positions, _ = self._arrange(weight.name, ids[..., None], layout)
         self._on_gradient(Use(weight, positions[..., 0], output_grads, offsets))
+
+    def unfollowed(self, name: str) -> str | None:
+        """Name of a function that read this weight, of which a gradient is not known; None where there was none."""
+        return None if self._follower is None else self._follower.unfollowed.get(name)
+
+    def _before_experts(self, names: list[str], module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled():
+            for name in names:
+                self._on_forward(name)
 
     def _after_forward(
         self,
