@@ -58,7 +58,7 @@ def make_neox():
     )
 
 
-def make_gpt2():
+def make_gpt2(**changes):
     """Conv1D layers, whose weights are stored the other way round."""
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -69,6 +69,7 @@ def make_gpt2():
             n_positions=64,
             bos_token_id=None,
             eos_token_id=None,
+            **changes,
         )
     )
 

@@ -54,13 +54,12 @@ class Sketch:
 
 
 def _look_up(right: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """P_R times one-hot inputs, and what is left to project them with: (…, r p) and (r, p, r p).
+    """P_R times one-hot inputs, and what is left to project that with: (…, p) and (p, p), or (…, r p) and (r, p, r p).
 
     Args:
         right: (p, V) or (r, p, V).
         ids: int64, where the ones are.
     """
-    right = right if right.dim() == 3 else right[None]
-    rank, size, _ = right.shape
-    looked_up = right.flatten(0, 1)[:, ids].movedim(0, -1).contiguous()
-    return looked_up, torch.eye(rank * size, device=right.device).view(rank, size, rank * size)
+    looked_up = right.flatten(0, -2)[:, ids].movedim(0, -1).contiguous()
+    width = looked_up.shape[-1]
+    return looked_up, torch.eye(width, device=right.device).view(*right.shape[:-1], width)
