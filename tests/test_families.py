@@ -70,7 +70,8 @@ DENSE = {
 """CpmAnt attends to what follows in its prompt, so that even padding changes it."""
 
 MIXTURES = {
-    "Mixtral": MIXTURE,
+    "Mixtral": MIXTURE
+    | {"intermediate_size": 48},  # torch multiplies narrow experts of multiples of 16 bytes
     "Qwen2Moe": MIXTURE,
     "Qwen3Moe": MIXTURE,
     "Olmoe": MIXTURE,

@@ -184,15 +184,12 @@ class Follower(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         if function is functional.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
-        if function is torch.Tensor.backward:
-            with self:  # gradient checkpointing runs parts of the model again
-                return torch.autograd.backward(args[0], kwargs.pop("gradient"), **kwargs)
         output = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name == "__get__":  # of a property, such as .T
