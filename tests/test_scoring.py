@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import trackstar_kernels as tk
 from trackstar_kernels import _C
-from trackstar_kernels.scoring import _reference, merge_topk
+from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
 BACKENDS = ["reference", *NATIVE]
@@ -398,6 +398,42 @@ def test_mixed_ties_and_nans(largest, mixing):
             assert second == first + 1 and score[first] == score[second]
 
 
+@pytest.mark.parametrize("mixing", [0, 0.5])
+@pytest.mark.parametrize("Q", [3, 30])
+def test_a_prepared_task_gives_the_same_bits(backend, mixing, Q):
+    """For any shard, again and again, whatever else is asked of it in between."""
+    queries, rows = randn(Q, 2, 16), randn(90, 2, 16, seed=1)
+    norms, scales = squared_norms(rows), randn(90, 2, seed=2).abs()
+    task = prepare_task(queries, mixing, backend=backend)
+    for piece, largest in [(slice(0, 90), True), (slice(10, 50), False), (slice(0, 90), True)]:
+        arguments = rows[piece], norms[piece], 7
+        options = {"scales": scales[piece], "largest": largest, "start": piece.start}
+        found = task.topk(*arguments, **options)
+        wanted = tk.mixed_topk(queries, *arguments, mixing, **options, backend=backend)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("mixing", [0, 0.5])
+@pytest.mark.parametrize("Q", [9, 30])
+def test_queries_asked_in_batches_score_as_together(backend, mixing, Q):
+    """Fewer queries than dimensions and more; rows that are queries too, whose norms cancel, included."""
+    queries = randn(Q, 2, 16)
+    rows = torch.cat([randn(40, 2, 16, seed=1), queries[:3]])
+    norms = squared_norms(rows)
+    wanted = tk.mixed_topk(queries, rows, norms, 7, mixing, backend=backend)
+    batches = range(0, 5), range(5, 6), range(6, Q)
+    tasks = [prepare_task(queries, mixing, asked=batch, backend=backend) for batch in batches]
+    found = [torch.cat(halves) for halves in zip(*(task.topk(rows, norms, 7) for task in tasks), strict=True)]
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", [range(2, 2), range(0, 4), range(-1, 2), range(0, 3, 2)])
+def test_asked_queries_must_be_some_of_the_task(asked):
+    with pytest.raises(ValueError, match=r"asked must be a range within 0 to 3 \(the queries\), got range"):
+        prepare_task(randn(3, 2, 4), 0.5, asked=asked)
+
+
 def test_more_mixing_changes_the_answer():
     queries, rows = randn(8, 2, 16), randn(100, 2, 16, seed=1)
     plain, mixed = (exact_mixed(queries, rows, mixing) for mixing in (0.0, 0.9))
@@ -485,3 +521,6 @@ def test_mixed_topk_errors(change, error, message):
     arguments = {**GOOD, "squared_norms": torch.ones(5, 3), "mixing": 0.5, **change}
     with pytest.raises(error, match=message):
         tk.mixed_topk(**arguments)
+    task = {name: arguments.pop(name) for name in ("queries", "mixing")}
+    with pytest.raises(error, match=message):
+        prepare_task(**task).topk(**arguments)

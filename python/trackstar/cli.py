@@ -14,12 +14,17 @@ from trackstar.cli_options import (
     DataOption,
     Dtype,
     DtypeOption,
+    KindOption,
     ModelOption,
     OptimizerOption,
+    SketchKind,
     SketchOption,
     StoreArgument,
     WideOption,
     load_model,
+    parse_bytes,
+    parse_condition,
+    parse_range,
     read_jsonl,
 )
 
@@ -46,13 +51,14 @@ def build(
     wide: WideOption = None,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
+    kind: KindOption = SketchKind.rademacher,
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the projections.")] = 0,
 ) -> None:
     """Encode a corpus into a store, once; every later query is one scan of it."""
     from trackstar.build import build_store
 
-    spec = _spec(seed, sketch, blocks)
+    spec = _spec(seed, sketch, blocks, kind)
     examples = read_jsonl(data, "--data")
     network, tokenizer = load_model(model)
     chosen = _correction(network, tokenizer, examples, optimizer, correction, rank, estimate)
@@ -84,6 +90,16 @@ def query(
         str, typer.Option(help='λ from 0 to below 1, or "auto" for the paper\'s rule.')
     ] = "auto",
     opponents: Annotated[bool, typer.Option("--opponents", help="Also the lowest scores.")] = False,
+    rows: Annotated[str | None, typer.Option(metavar="A:B", help="Look at rows A ≤ i < B alone.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="Look at the ids in this file alone, one a line.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=PATTERN",
+            help='Look at examples alone whose "id" or metadata field matches the shell pattern; may be given often.',
+        ),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="What the scan takes at most, such as 64MB or 2GB.")] = "256MB",
     out: Annotated[
         Path | None, typer.Option(help="Write the results as JSONL for the paper's viewer.")
     ] = None,
@@ -97,24 +113,40 @@ def query(
             share = float(mixing)
         except ValueError:
             raise typer.BadParameter(f'--mixing must be "auto" or a number, got {mixing!r}') from None
+    limit = parse_bytes(memory, "--memory")
+    first, end = parse_range(rows, "--rows")
+    conditions = [parse_condition(condition, "--where") for condition in where or []]
 
-    from trackstar.attribution import Result, query_rows, score_rows
-    from trackstar.examples import encode_queries
+    from trackstar.attribution import attribute
     from trackstar.report import print_result
+    from trackstar.selection import matching, select
     from trackstar.store import open_store
 
     opened = open_store(store)
+    chosen = select(
+        opened,
+        range(first, opened.end if end is None else end),
+        None if ids is None else ids.read_text(encoding="utf-8").splitlines(),
+        *(matching(field, pattern) for field, pattern in conditions),
+    )
     asked = [{"prompt": prompt, "target": target}] if queries is None else read_jsonl(queries, "--queries")
     network, tokenizer = load_model(model)
-    encoded = encode_queries(asked, tokenizer)
-    rows = query_rows(opened, network, encoded, tokenizer=tokenizer)
-    results = []
-    for largest in (True, False) if opponents else (True,):
-        scores, indices, used = score_rows(opened, rows, k=k, mixing=share, largest=largest)
-        results.append(Result(scores, indices, used, largest, encoded, opened))
-        print_result(results[-1])
+    result = attribute(
+        opened,
+        network,
+        asked,
+        tokenizer=tokenizer,
+        k=k,
+        mixing=share,
+        opponents=opponents,
+        where=chosen,
+        memory=limit,
+    )
+    print_result(result)
+    if result.opponents is not None:
+        print_result(result.opponents)
     if out is not None:
-        results[0].to_jsonl(out, opponents=results[1] if opponents else None)
+        result.to_jsonl(out)
         typer.echo(f"\nwritten: {out}")
 
 
@@ -139,6 +171,7 @@ def plan(
     wide: WideOption = None,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
+    kind: KindOption = SketchKind.rademacher,
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
 ) -> None:
     """Say what a build would need, without building: rows, disk, memory, time."""
@@ -149,7 +182,7 @@ def plan(
     from trackstar.passes import position_limit
     from trackstar.plan import plan_build
 
-    spec = _spec(0, sketch, blocks)
+    spec = _spec(0, sketch, blocks, kind)
     examples = read_jsonl(data, "--data")
     network, tokenizer = load_model(model)
     encoded = encode_examples(examples, tokenizer, position_limit(network))
@@ -165,10 +198,11 @@ for command in cli_stores.COMMANDS:
     app.command()(command)
 
 
-def _spec(seed: int, sketch: int, blocks: str) -> Any:
+def _spec(seed: int, sketch: int, blocks: str, kind: SketchKind) -> Any:
     from trackstar.spec import SketchSpec
 
-    return SketchSpec(seed=seed, sketch=sketch, blocks=int(blocks) if blocks.isdigit() else blocks)
+    grouping = int(blocks) if blocks.isdigit() else blocks
+    return SketchSpec(seed=seed, sketch=sketch, blocks=grouping, kind=kind.value)
 
 
 def _correction(

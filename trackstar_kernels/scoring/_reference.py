@@ -1,5 +1,7 @@
 """Both ops as their definitions say, on dense matrices, in the dtype of the queries."""
 
+from collections.abc import Callable
+
 import torch
 
 from trackstar_kernels._codes import NARROW, decode_rows
@@ -47,6 +49,25 @@ def mixed_topk(
         y_squares += lost.clamp_min(0) / (1 - mixing)
     norms = x_norms[:, None] * y_squares.sqrt()
     return _topk(torch.where(norms == 0, 0, numerator / norms), k, largest, start)
+
+
+def prepare_task(
+    queries: torch.Tensor, mixing: float, asked: slice
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Nothing is prepared: every call computes everything."""
+
+    def run(
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        largest: bool,
+        start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, indices = mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start)
+        return scores[asked], indices[asked]
+
+    return run
 
 
 def _topk(scores: torch.Tensor, k: int, largest: bool, start: int) -> tuple[torch.Tensor, torch.Tensor]:
