@@ -95,12 +95,9 @@ void score_topk_at(std::uintptr_t queries, const Rows& rows, const TopK& top, in
   score_topk(at<const float>(queries), rows, top, threads);
 }
 
-void mixed_topk_at(std::uintptr_t factors, std::uintptr_t combine, std::uintptr_t squared_norms, size_t rank,
-                   double base, double sign, double trusted, std::uintptr_t doubtful, const Rows& rows,
-                   const TopK& top, int threads) {
-  mixed_topk({at<const float>(factors), at<const float>(combine), at<const float>(squared_norms), rank, base,
-              sign, trusted, at<bool>(doubtful)},
-             rows, top, threads);
+void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows, const TopK& top,
+                   std::uintptr_t doubtful, int threads) {
+  mixed_topk(task, at<const float>(squared_norms), rows, top, at<bool>(doubtful), threads);
 }
 
 }  // namespace
@@ -125,8 +122,24 @@ PYBIND11_MODULE(_C, m) {
            py::arg("positions"));
   m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("top"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
-  m.def("mixed_topk", &mixed_topk_at, py::arg("factors"), py::arg("combine"), py::arg("squared_norms"),
-        py::arg("rank"), py::arg("base"), py::arg("sign"), py::arg("trusted"), py::arg("doubtful"),
-        py::arg("rows"), py::arg("top"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+  py::class_<Task>(m, "Task",
+                   "Queries under another inner product, copied from addresses: see csrc/scoring.h.")
+      .def(py::init([](size_t Q, size_t L, size_t d, size_t rank, double base, double sign, double trusted) {
+             return new Task({Q, L, d, rank, base, sign, trusted});
+           }),
+           py::arg("Q"), py::arg("L"), py::arg("d"), py::arg("rank"), py::arg("base"), py::arg("sign"),
+           py::arg("trusted"))
+      .def(
+          "set_block",
+          [](Task& task, size_t b, std::uintptr_t factors, std::uintptr_t combine) {
+            task.set_block(b, at<const float>(factors), at<const float>(combine));
+          },
+          py::arg("b"), py::arg("factors"), py::arg("combine"))
+      .def(
+          "set_weights",
+          [](Task& task, std::uintptr_t weights) { task.set_weights(at<const float>(weights)); },
+          py::arg("weights"));
+  m.def("mixed_topk", &mixed_topk_at, py::arg("task"), py::arg("squared_norms"), py::arg("rows"),
+        py::arg("top"), py::arg("doubtful"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "See csrc/scoring.h.");
 }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace trackstar {
 
@@ -35,24 +36,40 @@ struct TopK {
 // their number, and `threads`.
 void score_topk(const float* queries, const Rows& rows, const TopK& top, int threads);
 
-// Cosines under another inner product. With y a row and t_b = factors_b · y_b of length r,
+// Queries and another inner product, in the layout of the kernels: made once, for any number of scans.
 //
-//     score(q, n) = Σ_b combine_q,b · t_b / √norm, and 0 where the squared norms are 0
+// With y a row and t_b = factors_b · y_b of length rank,
+//
+//     score(q, n) = weights_q · Σ_b combine_q,b · t_b / √norm, and 0 where the squared norms are 0
 //     norm        = base · Σ_b squared_norms[n, b] + sign · Σ_b ‖t_b‖²
-//
-// with factors (L, r, d), combine (Q, L, r) and squared_norms (N, L).
+class Task {
+ public:
+  struct Shape {
+    size_t Q, L, d, rank;
+    double base, sign;
+    double trusted;  // see mixed_topk
+  };
+
+  explicit Task(const Shape& shape);
+  ~Task();
+
+  // Copies factors (rank, d) and combine (Q, rank) of block b, dense. To be called once for each block.
+  void set_block(size_t b, const float* factors, const float* combine);
+  // Copies weights (Q).
+  void set_weights(const float* weights);
+
+ private:
+  friend void mixed_topk(const Task&, const float*, const Rows&, const TopK&, bool*, int);
+  struct Layout;
+  std::unique_ptr<Layout> layout_;
+};
+
+// The best rows under a task, whose Q, L and d are those of `top` and `rows`; squared_norms (N, L), dense.
 //
 // A row whose norm is less than `trusted` of its squared norms has lost it to rounding: it is left out of the
 // result and marked in doubtful (N). Only the first min(k, rows not marked) results of each query are filled.
-// Accumulated in float32, norms over blocks in float64; the order depends on r, d and whether r ≤ 4 alone.
-struct Mixing {
-  const float* factors;
-  const float* combine;
-  const float* squared_norms;
-  size_t rank;
-  double base, sign, trusted;
-  bool* doubtful;
-};
-void mixed_topk(const Mixing& mixing, const Rows& rows, const TopK& top, int threads);
+// Accumulated in float32, norms over blocks in float64; the order depends on rank, d and whether rank ≤ 4 alone.
+void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const TopK& top,
+                bool* doubtful, int threads);
 
 }  // namespace trackstar

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import trackstar_kernels as tk
 from trackstar_kernels import _C
-from trackstar_kernels.scoring import _reference, merge_topk
+from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
 BACKENDS = ["reference", *NATIVE]
@@ -385,6 +385,21 @@ def test_mixed_ties_and_nans(largest, mixing):
             assert second == first + 1 and score[first] == score[second]
 
 
+@pytest.mark.parametrize("mixing", [0, 0.5])
+@pytest.mark.parametrize("Q", [3, 30])
+def test_a_prepared_task_gives_the_same_bits(backend, mixing, Q):
+    """For any shard, again and again, whatever else is asked of it in between."""
+    queries, rows = randn(Q, 2, 16), randn(90, 2, 16, seed=1)
+    norms, scales = squared_norms(rows), randn(90, 2, seed=2).abs()
+    task = prepare_task(queries, mixing, backend=backend)
+    for piece, largest in [(slice(0, 90), True), (slice(10, 50), False), (slice(0, 90), True)]:
+        arguments = rows[piece], norms[piece], 7
+        options = {"scales": scales[piece], "largest": largest, "start": piece.start}
+        found = task.topk(*arguments, **options)
+        wanted = tk.mixed_topk(queries, *arguments, mixing, **options, backend=backend)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
 def test_more_mixing_changes_the_answer():
     queries, rows = randn(8, 2, 16), randn(100, 2, 16, seed=1)
     plain, mixed = (exact_mixed(queries, rows, mixing) for mixing in (0.0, 0.9))
@@ -467,3 +482,6 @@ def test_mixed_topk_errors(change, error, message):
     arguments = {**GOOD, "squared_norms": torch.ones(5, 3), "mixing": 0.5, **change}
     with pytest.raises(error, match=message):
         tk.mixed_topk(**arguments)
+    task = {name: arguments.pop(name) for name in ("queries", "mixing")}
+    with pytest.raises(error, match=message):
+        prepare_task(**task).topk(**arguments)

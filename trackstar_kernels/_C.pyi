@@ -25,17 +25,14 @@ class Rows:
 class TopK:
     def __init__(self, Q: int, k: int, largest: bool, scores: int, positions: int) -> None: ...
 
+class Task:
+    def __init__(
+        self, Q: int, L: int, d: int, rank: int, base: float, sign: float, trusted: float
+    ) -> None: ...
+    def set_block(self, b: int, factors: int, combine: int) -> None: ...
+    def set_weights(self, weights: int) -> None: ...
+
 def score_topk(queries: int, rows: Rows, top: TopK, threads: int) -> None: ...
 def mixed_topk(
-    factors: int,
-    combine: int,
-    squared_norms: int,
-    rank: int,
-    base: float,
-    sign: float,
-    trusted: float,
-    doubtful: int,
-    rows: Rows,
-    top: TopK,
-    threads: int,
+    task: Task, squared_norms: int, rows: Rows, top: TopK, doubtful: int, threads: int
 ) -> None: ...

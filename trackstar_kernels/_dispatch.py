@@ -49,7 +49,9 @@ def _available(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if lacks(name) is None)
 
 
-def implementation(package: str, op: str, device: torch.device, backend: str | None) -> Callable[..., Any]:
+def implementation(
+    package: str, op: str, device: torch.device, backend: str | None, *, function: str | None = None
+) -> Callable[..., Any]:
     """The function that runs ``op`` on ``device``.
 
     Args:
@@ -57,6 +59,7 @@ def implementation(package: str, op: str, device: torch.device, backend: str | N
         op: name of the op.
         device: where its tensors are.
         backend: a name from the op's table, or None for the first that is available.
+        function: the function's name, where that is not the op's.
 
     Raises:
         ValueError: the op does not run on that device, has no such backend there, or this machine lacks what
@@ -76,4 +79,4 @@ def implementation(package: str, op: str, device: torch.device, backend: str | N
             f"backend {backend!r} of {op} is not available: {missing}; "
             f"available on {device.type}: {', '.join(_available(names))}"
         )
-    return getattr(importlib.import_module(f"{package}._{backend}"), op)
+    return getattr(importlib.import_module(f"{package}._{backend}"), function or op)

@@ -58,10 +58,10 @@ struct Panel {
   Floats values;
 };
 
-// A matrix of `count` vectors: read as it is by a dot kernel if they are few, otherwise copied into panels.
+// A matrix of `count` vectors: dense for a dot kernel if they are few, otherwise in panels.
 struct Matrix {
-  const float* dense;
-  size_t count, stride;
+  size_t count, length;
+  Floats dense;
   std::vector<Panel> panels;
 
   // Columns of a result, padding included.
@@ -70,15 +70,15 @@ struct Matrix {
   }
 };
 
-Matrix panels_of(const float* dense, size_t count, size_t length, size_t stride) {
+Matrix panels_of(const float* dense, size_t count, size_t length) {
   const auto &narrow = kernels().narrow, &wide = kernels().wide;
-  Matrix matrix{dense, count, stride, {}};
+  Matrix matrix{count, length, {}, {}};
   for (size_t first = 0; first < count;) {
     const PanelKernel& kernel = count - first <= static_cast<size_t>(narrow.queries) ? narrow : wide;
     const size_t width = kernel.queries, last = std::min(first + width, count);
     Floats values(length * width);
     for (size_t q = first; q < last; ++q) {
-      for (size_t i = 0; i < length; ++i) values[i * width + (q - first)] = dense[q * stride + i];
+      for (size_t i = 0; i < length; ++i) values[i * width + (q - first)] = dense[q * length + i];
     }
     matrix.panels.push_back({&kernel, first, std::move(values)});
     first = last;
@@ -87,8 +87,8 @@ Matrix panels_of(const float* dense, size_t count, size_t length, size_t stride)
 }
 
 Matrix matrix_of(const float* dense, size_t count, size_t length) {
-  if (count <= kMaxDotQueries) return {dense, count, length, {}};
-  return panels_of(dense, count, length, length);
+  if (count <= kMaxDotQueries) return {count, length, Floats(dense, dense + count * length), {}};
+  return panels_of(dense, count, length);
 }
 
 // ---- Rows times a matrix
@@ -158,8 +158,8 @@ class Reader {
           rows[r] = at(n, b * rows_.d + i);
           scales[r] = scale(n, b);
         }
-        kernel.run(rows, matrix.dense + from + i, matrix.stride, std::min(max_depth, rows_.d - i), scales,
-                   out + first * stride, stride);
+        kernel.run(rows, matrix.dense.data() + from + i, matrix.length, std::min(max_depth, rows_.d - i),
+                   scales, out + first * stride, stride);
       }
     }
   }
@@ -256,51 +256,79 @@ class ScoreScan : public Scan {
   size_t L_, d_;
 };
 
-struct MixingBlock {
-  Matrix factors;  // rank vectors of length d
-  Matrix combine;  // Q vectors of length rank
+}  // namespace
+
+struct Task::Layout {
+  Shape shape;
+  struct Block {
+    Matrix factors;  // rank vectors of length d
+    Matrix combine;  // Q vectors of length rank
+  };
+  std::vector<Block> blocks;
+  Floats weights;
+
+  size_t padded_queries() const { return blocks.front().combine.width(); }
+  size_t padded_rank() const { return blocks.front().factors.width(); }
 };
 
+Task::Task(const Shape& shape) : layout_(new Layout{shape, {}, {}}) { layout_->blocks.resize(shape.L); }
+Task::~Task() = default;
+
+void Task::set_block(size_t b, const float* factors, const float* combine) {
+  const Shape& shape = layout_->shape;
+  layout_->blocks[b] = {matrix_of(factors, shape.rank, shape.d), panels_of(combine, shape.Q, shape.rank)};
+}
+
+void Task::set_weights(const float* weights) {
+  layout_->weights.assign(weights, weights + layout_->shape.Q);
+  layout_->weights.resize(layout_->padded_queries());
+}
+
+namespace {
+
+template <typename Layout>
 class MixedScan : public Scan {
  public:
-  MixedScan(const Mixing& mixing, const std::vector<MixingBlock>& blocks, const Rows& rows, const TopK& top)
-      : Scan(rows, top, blocks.front().combine.width()),
-        mixing_(mixing),
-        blocks_(blocks),
-        padded_rank_(blocks.front().factors.width()),
+  MixedScan(const Layout& task, const float* squared_norms, const Rows& rows, const TopK& top, bool* doubtful)
+      : Scan(rows, top, task.padded_queries()),
+        task_(task),
+        squared_norms_(squared_norms),
+        doubtful_(doubtful),
+        padded_rank_(task.padded_rank()),
         products_(kTileRows * padded_rank_) {}
 
  private:
   void score(size_t row, size_t count) override {
     double squares[kTileRows] = {};
-    for (size_t b = 0; b < blocks_.size(); ++b) {
-      const Matrix& factors = blocks_[b].factors;
+    const size_t L = task_.blocks.size(), rank = task_.shape.rank;
+    for (size_t b = 0; b < L; ++b) {
+      const Matrix& factors = task_.blocks[b].factors;
       std::fill(products_.begin(), products_.end(), 0.0f);
       reader_.multiply(row, count, b, factors, 0, factors.panels.size(), 0, products_.data(), padded_rank_);
-      combine(count, blocks_[b].combine);
+      combine(count, task_.blocks[b].combine);
       for (size_t r = 0; r < count; ++r) {
-        squares[r] += kernels().sum_of_squares(products_.data() + r * padded_rank_, mixing_.rank);
+        squares[r] += kernels().sum_of_squares(products_.data() + r * padded_rank_, rank);
       }
     }
     for (size_t r = 0; r < count; ++r) {
-      const float* norms = mixing_.squared_norms + (row + r) * blocks_.size();
+      const float* norms = squared_norms_ + (row + r) * L;
       double whole = 0;
-      for (size_t b = 0; b < blocks_.size(); ++b) whole += norms[b];
-      double norm = mixing_.base * whole + mixing_.sign * squares[r];
-      mixing_.doubtful[row + r] = norm < mixing_.trusted * whole;
+      for (size_t b = 0; b < L; ++b) whole += norms[b];
+      double norm = task_.shape.base * whole + task_.shape.sign * squares[r];
+      doubtful_[row + r] = norm < task_.shape.trusted * whole;
       auto factor = static_cast<float>(whole == 0 ? 0.0 : 1 / std::sqrt(norm));
-      for (size_t q = 0; q < width_; ++q) scores_[r * width_ + q] *= factor;
+      for (size_t q = 0; q < width_; ++q) scores_[r * width_ + q] *= factor * task_.weights[q];
     }
   }
 
-  bool valid(size_t row) const override { return !mixing_.doubtful[row]; }
+  bool valid(size_t row) const override { return !doubtful_[row]; }
 
   // scores_ += products_ times the matrix.
   void combine(size_t count, const Matrix& matrix) {
     const Panel *begin = matrix.panels.data(), *end = begin + matrix.panels.size();
     const int block_rows = begin->kernel->rows;
-    for (size_t i = 0; i < mixing_.rank; i += kDepth) {
-      size_t depth = std::min(kDepth, mixing_.rank - i);
+    for (size_t i = 0; i < matrix.length; i += kDepth) {
+      size_t depth = std::min(kDepth, matrix.length - i);
       for (size_t first = 0; first < count; first += block_rows) {
         Block block;
         for (int r = 0; r < block_rows; ++r) {
@@ -313,8 +341,9 @@ class MixedScan : public Scan {
     }
   }
 
-  const Mixing& mixing_;
-  const std::vector<MixingBlock>& blocks_;
+  const Layout& task_;
+  const float* squared_norms_;
+  bool* doubtful_;
   size_t padded_rank_;
   Floats products_;  // (row of the tile, padded rank): t of one block
 };
@@ -372,14 +401,11 @@ void score_topk(const float* queries, const Rows& rows, const TopK& top, int thr
   select(rows.N, top, threads, [&] { return std::make_unique<ScoreScan>(matrix, rows, top); });
 }
 
-void mixed_topk(const Mixing& mixing, const Rows& rows, const TopK& top, int threads) {
-  std::vector<MixingBlock> blocks;
-  blocks.reserve(rows.L);
-  for (size_t b = 0; b < rows.L; ++b) {
-    blocks.push_back({matrix_of(mixing.factors + b * mixing.rank * rows.d, mixing.rank, rows.d),
-                      panels_of(mixing.combine + b * mixing.rank, top.Q, mixing.rank, rows.L * mixing.rank)});
-  }
-  select(rows.N, top, threads, [&] { return std::make_unique<MixedScan>(mixing, blocks, rows, top); });
+void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const TopK& top,
+                bool* doubtful, int threads) {
+  using Scan = MixedScan<Task::Layout>;
+  select(rows.N, top, threads,
+         [&] { return std::make_unique<Scan>(*task.layout_, squared_norms, rows, top, doubtful); });
 }
 
 }  // namespace trackstar

@@ -1,12 +1,14 @@
 """Exact top-k over stored rows: plain inner products, and TrackStar's task-mixed scores."""
 
+from collections.abc import Callable
+
 import torch
 
 from trackstar_kernels._checks import check_count, check_dtype, check_same_device, check_shape, check_tensor
 from trackstar_kernels._dispatch import implementation, register
 from trackstar_kernels.scoring._merge import merge_topk
 
-__all__ = ["merge_topk", "mixed_topk", "score_topk"]
+__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk"]
 
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 register("score_topk", BACKENDS)
@@ -130,16 +132,8 @@ def mixed_topk(
 
     Source: TrackStar, arXiv 2410.17413, section 3 (task-specific Hessian).
     """
-    check_shape("queries", check_tensor("queries", queries), ("Q", "L", "d"))
-    check_shape("rows", check_tensor("rows", rows), ("N", *queries.shape[1:]))
-    N = _check_inputs(queries, rows, k, scales, start)
-    check_shape("squared_norms", check_tensor("squared_norms", squared_norms), (N, rows.shape[1]))
-    check_dtype("squared_norms", squared_norms, torch.float32)
-    check_same_device(queries=queries, squared_norms=squared_norms)
-    if isinstance(mixing, bool) or not isinstance(mixing, (int, float)):
-        raise TypeError(f"mixing must be a float, got {type(mixing).__name__}")
-    if not 0 <= mixing < 1:
-        raise ValueError(f"mixing must be at least 0 and less than 1, got {mixing}")
+    _check_task(queries, mixing)
+    _check_mixed_rows(queries, rows, squared_norms, k, scales, start)
     if scales is not None and scales.dim() == 1:
         scales = scales[:, None]
     with torch.no_grad():
@@ -159,9 +153,7 @@ def _mixed_topk(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`mixed_topk`, once shapes and dtypes are known to fit."""
-    _check_finite(queries)
-    run = implementation(__name__, "mixed_topk", queries.device, backend)
-    return run(queries, rows, squared_norms, k, mixing, scales, largest, start)
+    return _prepare(queries, mixing, backend)(rows, squared_norms, k, scales, largest, start)
 
 
 @_mixed_topk.register_fake
@@ -179,6 +171,58 @@ def _(
     return _empty_result(queries, k)
 
 
+def prepare_task(queries: torch.Tensor, mixing: float, *, backend: str | None = None) -> "Task":
+    """What :func:`mixed_topk` has to compute of its queries alone, once for any number of calls.
+
+    Args:
+        queries: (Q, L, d) float32, finite, whitened. Not to be changed while the task is in use.
+        mixing: λ, 0 ≤ λ < 1.
+        backend: None, "cpu" or "reference".
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: the shape, mixing or the backend is wrong, or queries are not finite.
+    """
+    _check_task(queries, mixing)
+    with torch.no_grad():
+        return Task(queries, _prepare(queries, float(mixing), backend))
+
+
+class Task:
+    """Queries and their Hessian, ready to score the shards of a store one after another: see :func:`prepare_task`."""
+
+    def __init__(self, queries: torch.Tensor, run: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Not to be called from outside: ``run`` is what a backend's ``prepare_task`` returned."""
+        self._queries = queries
+        self._run = run
+
+    def topk(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        *,
+        scales: torch.Tensor | None = None,
+        largest: bool = True,
+        start: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :func:`mixed_topk` returns for the task's queries and λ, bit for bit; same arguments, same errors."""
+        _check_mixed_rows(self._queries, rows, squared_norms, k, scales, start)
+        if scales is not None and scales.dim() == 1:
+            scales = scales[:, None]
+        with torch.no_grad():
+            return self._run(rows, squared_norms, k, scales, largest, start)
+
+
+def _prepare(
+    queries: torch.Tensor, mixing: float, backend: str | None
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The task as a function of (rows, squared_norms, k, scales, largest, start)."""
+    _check_finite(queries)
+    prepare = implementation(__name__, "mixed_topk", queries.device, backend, function="prepare_task")
+    return prepare(queries, mixing)
+
+
 def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
@@ -187,6 +231,31 @@ def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 def _check_finite(queries: torch.Tensor) -> None:
     if not queries.isfinite().all():
         raise ValueError("queries must be finite, got NaN or infinity")
+
+
+def _check_task(queries: torch.Tensor, mixing: float) -> None:
+    check_shape("queries", check_tensor("queries", queries), ("Q", "L", "d"))
+    check_dtype("queries", queries, torch.float32)
+    if queries.numel() == 0:
+        raise ValueError(f"queries must not be empty, got shape {tuple(queries.shape)}")
+    if isinstance(mixing, bool) or not isinstance(mixing, (int, float)):
+        raise TypeError(f"mixing must be a float, got {type(mixing).__name__}")
+    if not 0 <= mixing < 1:
+        raise ValueError(f"mixing must be at least 0 and less than 1, got {mixing}")
+
+
+def _check_mixed_rows(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    start: int,
+) -> None:
+    N = _check_inputs(queries, rows, k, scales, start)
+    check_shape("squared_norms", check_tensor("squared_norms", squared_norms), (N, rows.shape[1]))
+    check_dtype("squared_norms", squared_norms, torch.float32)
+    check_same_device(queries=queries, squared_norms=squared_norms)
 
 
 def _check_inputs(

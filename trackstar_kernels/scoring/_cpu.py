@@ -1,6 +1,6 @@
 """Both ops in C++ (csrc/scoring.h); what mixed_topk needs to know of its queries is prepared here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -36,64 +36,89 @@ def score_topk(
     return scores, indices.add_(start)
 
 
-def mixed_topk(
-    queries: torch.Tensor,
-    rows: torch.Tensor,
-    squared_norms: torch.Tensor,
-    k: int,
-    mixing: float,
-    scales: torch.Tensor | None,
-    largest: bool,
-    start: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.mixed_topk`; scales (N, L), (N, 1) or None."""
-    if mixing == 0:
-        return _cosine_topk(queries, rows, squared_norms, k, scales, largest, start)
-    factors, combine = _factors(queries, mixing)
-    rows, squared_norms = _readable(rows), squared_norms.contiguous()
-    scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-    scores, indices = _results(len(queries), k)
-    doubtful = torch.empty(len(rows), dtype=torch.bool)
-    _C.mixed_topk(
-        factors=factors.data_ptr(),
-        combine=combine.data_ptr(),
-        squared_norms=squared_norms.data_ptr(),
-        rank=factors.shape[1],
-        base=0.0 if _many(queries) else 1.0,
-        sign=1.0 if _many(queries) else -_coupling(queries, mixing),
-        trusted=TRUSTED_SQUARE if _many(queries) else TRUSTED_DIFFERENCE,
-        doubtful=doubtful.data_ptr(),
-        rows=_rows_at(rows, scales),
-        top=_top_at(scores, indices, largest),
-        threads=torch.get_num_threads(),
-    )
-    redo = doubtful.nonzero()[:, 0]
-    found = min(k, len(rows) - len(redo))
-    scores, indices = scores[:, :found], indices[:, :found]
-    Q, _, d = queries.shape
-    for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
-        precise = _precise_scores(queries, rows, scales, mixing, positions)
-        scores, indices = merge_topk([(scores, indices), (precise, positions.expand_as(precise))], k, largest)
-    return scores, indices.add_(start)
+def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
+    return (_CosineTask(queries) if mixing == 0 else _MixedTask(queries, mixing)).topk
 
 
-def _cosine_topk(
-    queries: torch.Tensor,
-    rows: torch.Tensor,
-    squared_norms: torch.Tensor,
-    k: int,
-    scales: torch.Tensor | None,
-    largest: bool,
-    start: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+class _CosineTask:
     """λ = 0: inner products of unit vectors."""
-    wide = queries.double()
-    unit = (wide * _inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
-    inverse = _inverse_root(squared_norms.sum(1, keepdim=True))
-    scales = inverse if scales is None else scales * inverse
-    if scales.shape[1] == 1:
-        unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
-    return score_topk(unit, rows, k, scales, largest, start)
+
+    def __init__(self, queries: torch.Tensor) -> None:
+        wide = queries.double()
+        self.unit = (wide * _inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
+
+    def topk(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        largest: bool,
+        start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        unit = self.unit
+        inverse = _inverse_root(squared_norms.sum(1, keepdim=True))
+        scales = inverse if scales is None else scales * inverse
+        if scales.shape[1] == 1:
+            unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
+        return score_topk(unit, rows, k, scales, largest, start)
+
+
+class _MixedTask:
+    """λ > 0: the inverse Hessian's factors, laid out for the kernels."""
+
+    def __init__(self, queries: torch.Tensor, mixing: float) -> None:
+        self.queries, self.mixing = queries, mixing
+        Q, L, d = queries.shape
+        many = _many(queries)
+        self.panels = _C.Task(
+            Q=Q,
+            L=L,
+            d=d,
+            rank=d if many else Q,
+            base=0.0 if many else 1.0,
+            sign=1.0 if many else -_coupling(queries, mixing),
+            trusted=TRUSTED_SQUARE if many else TRUSTED_DIFFERENCE,
+        )
+        squares = torch.zeros(Q, dtype=torch.float64)
+        for block, (factor, combine, square) in enumerate(_block_factors(queries, mixing)):
+            factor, combine = factor.float().contiguous(), combine.float().contiguous()
+            self.panels.set_block(b=block, factors=factor.data_ptr(), combine=combine.data_ptr())
+            squares += square
+        weights = _inverse_root(squares).float()
+        self.panels.set_weights(weights.data_ptr())
+
+    def topk(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        largest: bool,
+        start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, squared_norms = _readable(rows), squared_norms.contiguous()
+        scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
+        scores, indices = _results(len(self.queries), k)
+        doubtful = torch.empty(len(rows), dtype=torch.bool)
+        _C.mixed_topk(
+            task=self.panels,
+            squared_norms=squared_norms.data_ptr(),
+            rows=_rows_at(rows, scales),
+            top=_top_at(scores, indices, largest),
+            doubtful=doubtful.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        redo = doubtful.nonzero()[:, 0]
+        found = min(k, len(rows) - len(redo))
+        scores, indices = scores[:, :found], indices[:, :found]
+        Q, _, d = self.queries.shape
+        for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
+            precise = _precise_scores(self.queries, rows, scales, self.mixing, positions)
+            parts = [(scores, indices), (precise, positions.expand_as(precise))]
+            scores, indices = merge_topk(parts, k, largest)
+        return scores, indices.add_(start)
 
 
 def _inverse_root(squares: torch.Tensor) -> torch.Tensor:
@@ -127,7 +152,7 @@ def _block_factors(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each block factor (r, d), combine (Q, r) and xᵀ R⁻¹ x (Q,), float64."""
     c, many = _coupling(queries, mixing), _many(queries)
-    for x in queries.double().transpose(0, 1):
+    for x in (block.double() for block in queries.unbind(1)):
         gram = x.T @ x if many else x @ x.T
         identity = torch.eye(len(gram), dtype=torch.float64)
         cholesky = torch.linalg.cholesky(identity + c * gram)
@@ -137,20 +162,6 @@ def _block_factors(
             yield inverse, combine, combine.square().sum(1)
         else:
             yield inverse @ x, inverse.T, (inverse * (inverse @ gram)).sum(0)
-
-
-def _factors(queries: torch.Tensor, mixing: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """All factors (L, r, d) and combine (Q, L, r) in float32, for queries brought to norm 1."""
-    Q, L, d = queries.shape
-    rank = d if _many(queries) else Q
-    factors = torch.empty(L, rank, d)
-    combine = torch.empty(Q, L, rank, dtype=torch.float64)
-    squares = torch.zeros(Q, dtype=torch.float64)
-    for block, (factor, combined, square) in enumerate(_block_factors(queries, mixing)):
-        factors[block] = factor
-        combine[:, block] = combined
-        squares += square
-    return factors, (combine * _inverse_root(squares)[:, None, None]).float()
 
 
 def _precise_scores(

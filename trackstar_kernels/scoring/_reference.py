@@ -1,5 +1,7 @@
 """Both ops as their definitions say, on dense matrices, in the dtype of the queries."""
 
+from collections.abc import Callable
+
 import torch
 
 from trackstar_kernels.scoring._merge import merge_topk
@@ -42,6 +44,22 @@ def mixed_topk(
     y_norms = (solved_y * y).sum((0, 2)).sqrt()
     norms = x_norms[:, None] * y_norms
     return _topk(torch.where(norms == 0, 0, numerator / norms), k, largest, start)
+
+
+def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Nothing is prepared: every call computes everything."""
+
+    def run(
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        largest: bool,
+        start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start)
+
+    return run
 
 
 def dequantize(rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
