@@ -4,15 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cuda_device import CUDA, cuda_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trackstar_kernels as tk
-from trackstar_kernels import _C
+from trackstar_kernels import _C, scoring
 from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
-BACKENDS = ["reference", *NATIVE]
+BACKENDS = ["reference", *NATIVE, *CUDA]
 # Scores of torch.mm may change in their last bits with the shapes around them; the native kernels' may not.
 native_only = pytest.mark.parametrize("backend", NATIVE, indirect=True)
 DTYPES = [torch.float32, torch.float16]
@@ -20,8 +21,12 @@ DTYPES = [torch.float32, torch.float16]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Each backend of the CPU, the native one at each instruction set level; yields the backend's name."""
+    """Each backend, the CPU's own at each instruction set level; yields the backend's name."""
     name, _, isa = request.param.partition(":")
+    if name == "cuda":
+        with cuda_runs(isa, scoring.BACKENDS):
+            yield name
+        return
     before = _C.isa()
     _C.set_isa(isa or before)
     yield name

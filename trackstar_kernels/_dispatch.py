@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trackstar_kernels import _C
+
 Table = Mapping[str, tuple[str, ...]]
 
 _TABLES: dict[str, Table] = {}
@@ -41,6 +43,13 @@ def lacks(backend: str) -> str | None:
         if not torch.cuda.is_available():
             return "there is no CUDA device"
         if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+            return "the CUDA device is older than compute capability 8.0"
+    if backend == "cuda":
+        if not _C.with_cuda:
+            return "trackstar_kernels was built without CUDA, as there was no nvcc"
+        if torch.version.hip is not None or not torch.cuda.is_available():
+            return "there is no CUDA device"
+        if torch.cuda.get_device_capability() < (8, 0):
             return "the CUDA device is older than compute capability 8.0"
     return None
 

@@ -10,7 +10,7 @@ from trackstar_kernels.scoring._merge import merge_topk
 
 __all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk"]
 
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 register("score_topk", BACKENDS)
 register("mixed_topk", BACKENDS)
 
@@ -43,7 +43,7 @@ def score_topk(
             shape (N, L, d).
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, best first, and indices (Q, k) int64. Equal scores are ordered by index. NaN
@@ -120,7 +120,7 @@ def mixed_topk(
         scales: multipliers of the rows, (N,) or (N, L) float32, as in :func:`score_topk`.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, within 1e-5 of the exact ones, and indices (Q, k) int64, ordered as in
@@ -177,7 +177,7 @@ def prepare_task(queries: torch.Tensor, mixing: float, *, backend: str | None = 
     Args:
         queries: (Q, L, d) float32, finite, whitened. Not to be changed while the task is in use.
         mixing: λ, 0 ≤ λ < 1.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

@@ -38,13 +38,16 @@ def score_topk(
 
 def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return (_CosineTask(queries) if mixing == 0 else _MixedTask(queries, mixing)).topk
+    return (CosineTask(queries, score_topk) if mixing == 0 else _MixedTask(queries, mixing)).topk
 
 
-class _CosineTask:
+class CosineTask:
     """λ = 0: inner products of unit vectors."""
 
-    def __init__(self, queries: torch.Tensor) -> None:
+    def __init__(
+        self, queries: torch.Tensor, score_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self.score_topk = score_topk
         wide = queries.double()
         self.unit = (wide * _inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
 
@@ -62,7 +65,7 @@ class _CosineTask:
         scales = inverse if scales is None else scales * inverse
         if scales.shape[1] == 1:
             unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
-        return score_topk(unit, rows, k, scales, largest, start)
+        return self.score_topk(unit, rows, k, scales, largest, start)
 
 
 class _MixedTask:
@@ -154,7 +157,7 @@ def _block_factors(
     c, many = _coupling(queries, mixing), _many(queries)
     for x in (block.double() for block in queries.unbind(1)):
         gram = x.T @ x if many else x @ x.T
-        identity = torch.eye(len(gram), dtype=torch.float64)
+        identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
         cholesky = torch.linalg.cholesky(identity + c * gram)
         inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
         if many:
@@ -172,9 +175,9 @@ def _precise_scores(
     positions: torch.Tensor,
 ) -> torch.Tensor:
     """Scores (Q, n) of the rows at ``positions``, in float64 and from the stored values alone."""
-    numerators = torch.zeros(len(queries), len(positions), dtype=torch.float64)
-    query_squares = torch.zeros(len(queries), dtype=torch.float64)
-    row_squares = torch.zeros(len(positions), dtype=torch.float64)
+    numerators = queries.new_zeros(len(queries), len(positions), dtype=torch.float64)
+    query_squares = queries.new_zeros(len(queries), dtype=torch.float64)
+    row_squares = queries.new_zeros(len(positions), dtype=torch.float64)
     for block, (factor, combine, square) in enumerate(_block_factors(queries, mixing)):
         y = rows[positions, block].double()
         if scales is not None:
