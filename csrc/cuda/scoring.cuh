@@ -14,19 +14,18 @@ struct Shared {
   Stage<type, kColumns> stages[kStages<type, kColumns>];
   Thresholds<kColumns> thresholds;
 };
+constexpr size_t kMostShared = 99 * 1024;  // of the smallest part
 
 // Where a block is on its way: through the tiles of its slice, for each through the rows' blocks, for each through
 // `parts` of a matrix, for each through `steps`.
 struct Walk {
-  size_t tiles;
-  int slices, blocks, parts, steps;
+  int tiles, slices, blocks, parts, steps;
 
   struct Place {
-    size_t tile;
-    int block, part, step;
+    int tile, block, part, step;
   };
 
-  __device__ Place begin() const { return {blockIdx.y, 0, 0, 0}; }
+  __device__ Place begin() const { return {static_cast<int>(blockIdx.y), 0, 0, 0}; }
   __device__ bool ended(const Place& at) const { return at.tile >= tiles; }
   __device__ void advance(Place& at) const {
     if (++at.step < steps) return;
@@ -66,22 +65,22 @@ __device__ void walk(const Walk& way, Stage<type, kColumns>* stage, Copy copy, U
 }
 
 __device__ inline int steps_of(int d, int depth) { return (d + depth - 1) / depth; }
-__device__ inline size_t tiles_of(size_t N) { return (N + kTileRows - 1) / kTileRows; }
+__device__ inline int tiles_of(size_t N) { return static_cast<int>((N + kTileRows - 1) / kTileRows); }
 
 // Row lane / 4 + 8·h of the warp's, in a tile.
-__device__ inline size_t row_of(size_t tile, int h) {
-  return tile * kTileRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
+__device__ inline uint32_t row_of(int tile, int h) {
+  return static_cast<uint32_t>(tile) * kTileRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
 }
 
-__device__ inline float scale_of(const Rows& rows, size_t n, int block) {
-  return rows.scales == nullptr || n >= rows.N ? 1.0f : rows.scales[n * rows.L + block];
+__device__ inline float scale_of(const Rows& rows, uint32_t n, int block) {
+  return rows.scales == nullptr || n >= rows.N ? 1.0f : rows.scales[static_cast<size_t>(n) * rows.L + block];
 }
 
 template <RowType type, int kColumns>
 __device__ void copy_rows_at(Stage<type, kColumns>& stage, const Rows& rows, bool aligned,
                              const Walk::Place& at) {
   const int begin = at.step * Format<type>::kDepth;
-  copy_rows(stage, rows, aligned, at.tile * kTileRows, static_cast<size_t>(at.block) * rows.d + begin,
+  copy_rows(stage, rows, aligned, static_cast<size_t>(at.tile) * kTileRows, static_cast<size_t>(at.block) * rows.d + begin,
             rows.d - begin);
 }
 
@@ -108,7 +107,7 @@ __device__ void clear(Sums<kColumns>& sum) {
 
 // A score by its definition, for numbers that tensor cores cannot split.
 template <RowType type>
-__device__ float plain_score(const Rows& rows, const float* query, size_t n) {
+__device__ float plain_score(const Rows& rows, const float* query, uint32_t n) {
   const auto* row = static_cast<const typename Format<type>::Number*>(rows.values) +
                     static_cast<ptrdiff_t>(n) * rows.stride;
   float score = 0;
@@ -133,6 +132,7 @@ __global__ void __launch_bounds__(kThreads, kResident<type, kColumns>)
     score_kernel(Rows rows, bool aligned, const float* queries, const unsigned char* operand,
                  const float* query_scales, Survivors survivors) {
   using Tile = Stage<type, kColumns>;
+  static_assert(sizeof(Shared<type, kColumns>) <= kMostShared);
   auto& shared = *reinterpret_cast<Shared<type, kColumns>*>(shared_memory());
   const int first = blockIdx.x * kColumns;
   const Walk way{tiles_of(rows.N), survivors.slices, rows.L, 1, steps_of(rows.d, Format<type>::kDepth)};
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kResident<type, kColumns>)
     copy_operand(stage, operand + step * Tile::kOperandBytes, Tile::kOperandBytes);
   };
   const auto use = [&](Tile& stage, const Walk::Place& at) {
-    const size_t row[2] = {row_of(at.tile, 0), row_of(at.tile, 1)};
+    const uint32_t row[2] = {row_of(at.tile, 0), row_of(at.tile, 1)};
     const float scale[2] = {scale_of(rows, row[0], at.block), scale_of(rows, row[1], at.block)};
     Sums<kColumns> sum = {};
     multiply(stage, sum);
@@ -153,19 +153,28 @@ __global__ void __launch_bounds__(kThreads, kResident<type, kColumns>)
     if (!way.ends_tile(at)) return;
 
     const bool valid[2] = {row[0] < rows.N, row[1] < rows.N};
+    uint32_t broken = 0;  // which of the lane's scores are NaN
 #pragma unroll
     for (int c = 0; c < kColumns / 8; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int q = first + 8 * c + 2 * (threadIdx.x % 4) + i % 2;
+        const int q = first + column_of(c, i);
         if (q >= survivors.Q) continue;
         scores[c][i] *= query_scales[q];
-        if (isnan(scores[c][i]) && valid[i / 2]) {
-          scores[c][i] = plain_score<type>(rows, queries + static_cast<size_t>(q) * rows.L * rows.d, row[i / 2]);
-        }
+        if (isnan(scores[c][i]) && valid[i / 2]) broken |= 1u << (4 * c + i);
       }
     }
-    selection.offer(scores, {static_cast<uint32_t>(row[0]), static_cast<uint32_t>(row[1])}, valid);
+    for (; broken != 0; broken &= broken - 1) {
+      const int which = __ffs(broken) - 1, q = first + column_of(which / 4, which % 4);
+      const float* query = queries + static_cast<size_t>(q) * rows.L * rows.d;
+      const float score = plain_score<type>(rows, query, row_of(at.tile, which % 4 / 2));
+#pragma unroll
+      for (int c = 0; c < kColumns / 8; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[c][i] = which == 4 * c + i ? score : scores[c][i];
+      }
+    }
+    selection.offer(scores, row, valid);
     clear<kColumns>(scores);
   };
   walk(way, shared.stages, copy, use);
@@ -181,10 +190,10 @@ __device__ inline double sum_of_four(double x) {
 }
 
 // Σ_b squared_norms[n, b] over the lane's share of blocks.
-__device__ inline double share_of_norm(const Mixing& mixing, const Rows& rows, size_t n) {
+__device__ inline double share_of_norm(const Mixing& mixing, const Rows& rows, uint32_t n) {
   double sum = 0;
   if (n < rows.N) {
-    for (int b = threadIdx.x % 4; b < rows.L; b += 4) sum += mixing.squared_norms[n * rows.L + b];
+    for (int b = threadIdx.x % 4; b < rows.L; b += 4) sum += mixing.squared_norms[static_cast<size_t>(n) * rows.L + b];
   }
   return sum;
 }
@@ -217,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 1 : 2)
     }
   };
   const auto use = [&](Tile& stage, const Walk::Place& at) {
-    const size_t row[2] = {row_of(at.tile, 0), row_of(at.tile, 1)};
+    const uint32_t row[2] = {row_of(at.tile, 0), row_of(at.tile, 1)};
     if (at.step < steps) {
       const float factor = mixing.factor_scales[at.block];
       const float scale[2] = {factor * scale_of(rows, row[0], at.block), factor * scale_of(rows, row[1], at.block)};
@@ -262,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 1 : 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[c][i] *= factor[i / 2];
     }
-    selection.offer(scores, {static_cast<uint32_t>(row[0]), static_cast<uint32_t>(row[1])}, valid);
+    selection.offer(scores, row, valid);
     clear<kColumns>(scores);
   };
   walk(way, shared.stages, copy, use);

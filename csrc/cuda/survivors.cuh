@@ -1,10 +1,13 @@
 // Keeping the k best of the scores that a block sees, for each of its queries.
 //
-// Scores become integers (csrc/cuda/scoring.h) that are all different and sort as results do. A key passes if it is
-// larger than the query's threshold, the k-th best so far; the lanes of a warp that have one take places in the
-// query's reservoir together. When a tile might not fit any more, a warp finds the k-th best and moves what is
-// below it out. What is kept does not depend on the order in which warps take places.
+// A score passes if it is larger than the query's threshold, the k-th best so far. Positions ascend from tile to tile,
+// so that one which only equals it has lost its tie. What passes becomes a key (csrc/cuda/scoring.h): integers that
+// are all different and sort as results do. The lanes of a warp that have one take places in the query's reservoir
+// together. When a tile might not fit any more, a warp finds the k-th best and moves what is below it out. What is
+// kept does not depend on the order in which warps take places.
 #pragma once
+
+#include <cmath>
 
 #include "cuda/device.cuh"
 #include "cuda/tile.cuh"
@@ -18,11 +21,16 @@ __device__ inline int64_t key_of(float score, uint32_t position) {
   return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(ordered)) << 32 | ~position);
 }
 
+__device__ inline float score_of(int64_t key) {
+  const int ordered = static_cast<int>(key >> 32);
+  return __int_as_float(ordered < 0 ? ordered ^ INT32_MAX : ordered);
+}
+
 // In shared memory.
 template <int kColumns>
 struct Thresholds {
-  int64_t lowest[kColumns];  // keys at or below have lost
-  int count[kColumns];       // keys in each reservoir
+  float lowest[kColumns];  // scores at or below have lost; NaN: none has
+  int count[kColumns];     // keys in each reservoir
   unsigned bins[kWarps][32];
 };
 
@@ -37,7 +45,7 @@ class Selection {
         queries_(min(kColumns, survivors.Q - first)),
         slice_(slice) {
     for (int q = threadIdx.x; q < kColumns; q += kThreads) {
-      thresholds_.lowest[q] = kEmpty;
+      thresholds_.lowest[q] = NAN;
       thresholds_.count[q] = 0;
     }
   }
@@ -49,10 +57,9 @@ class Selection {
     for (int c = 0; c < kColumns / 8; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int q = 8 * c + 2 * (threadIdx.x % 4) + i % 2;
-        const float score = survivors_.largest ? scores[c][i] : -scores[c][i];
-        const int64_t key = key_of(score, position[i / 2]);
-        append(q, key, valid[i / 2] && q < queries_ && key > thresholds_.lowest[q]);
+        const int q = column_of(c, i);
+        const float score = survivors_.largest ? scores[c][i] : -scores[c][i], lowest = thresholds_.lowest[q];
+        append(q, score, position[i / 2], valid[i / 2] && q < queries_ && (score > lowest || isnan(lowest)));
       }
     }
     __syncthreads();
@@ -78,7 +85,7 @@ class Selection {
   }
 
   // Called by whole warps; lanes that are equal modulo 4 have the same query.
-  __device__ void append(int q, int64_t key, bool passes) {
+  __device__ void append(int q, float score, uint32_t position, bool passes) {
     const unsigned all = __ballot_sync(~0u, passes);
     if (all == 0) return;
     const int lane = threadIdx.x % 32;
@@ -87,7 +94,7 @@ class Selection {
     int begin = 0;
     if (lane == leader) begin = atomicAdd(&thresholds_.count[q], __popc(takers));
     begin = __shfl_sync(~0u, begin, takers == 0 ? lane : leader);
-    if (passes) reservoir(q)[begin + __popc(takers & ((1u << lane) - 1))] = key;
+    if (passes) reservoir(q)[begin + __popc(takers & ((1u << lane) - 1))] = key_of(score, position);
   }
 
   // Leaves the k best of a query's keys, in front. Called by a whole warp.
@@ -106,7 +113,7 @@ class Selection {
     }
     if (lane == 0) {
       thresholds_.count[q] = kept;
-      thresholds_.lowest[q] = lowest;
+      thresholds_.lowest[q] = score_of(lowest);
     }
   }
 

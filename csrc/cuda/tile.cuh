@@ -117,9 +117,11 @@ __device__ void copy_operand(Stage<type, kColumns>& stage, const unsigned char* 
 
 // ---- Multiplying -------------------------------------------------------------------------------------------
 
-// A warp's sums, 16 rows by kColumns: [c][2·h + e] is of row lane / 4 + 8·h and column 8·c + 2·(lane % 4) + e.
+// A warp's sums, 16 rows by kColumns: [c][i] is of row lane / 4 + 8·(i / 2) and column_of(c, i).
 template <int kColumns>
 using Sums = float[kColumns / 8][4];
+
+__device__ inline int column_of(int c, int i) { return 8 * c + 2 * (threadIdx.x % 4) + i % 2; }
 
 // Splits float32 numbers for multiply_tf32.
 __device__ inline void split(const float (&numbers)[4], uint32_t (&high)[4], uint32_t (&low)[4]) {
@@ -188,7 +190,7 @@ __device__ void multiply_halves(const Stage<type, kColumns>& stage, const uint32
 template <RowType type, int kColumns>
 __device__ void multiply(Stage<type, kColumns>& stage, Sums<kColumns>& sum) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
+#pragma unroll 2  // all at once, loads run ahead of the products and out of registers
   for (int k = 0; k < Stage<type, kColumns>::kRowBytes / (2 * kUnit); ++k) {
     uint32_t words[4];
     load_matrices(words, stage.row_unit(16 * warp + lane % 16, 2 * k + lane / 16));

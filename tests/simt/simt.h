@@ -109,12 +109,13 @@ struct Block {
   void* scheduler_fiber = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
-  char barrier[2], warp_barrier[kMostThreads / kWarpSize][2];  // ThreadSanitizer's names of them
+  // ThreadSanitizer's names of what orders memory.
+  char launch, end, barrier[2], warp_barrier[kMostThreads / kWarpSize][2];
 
-  Thread& thread() { return threads[current]; }
-  int warp() const { return current / kWarpSize; }
-  int lane() const { return current % kWarpSize; }
-  void wake(int thread) {
+  SIMT_UNSEEN Thread& thread() { return threads[current]; }
+  SIMT_UNSEEN int warp() const { return current / kWarpSize; }
+  SIMT_UNSEEN int lane() const { return current % kWarpSize; }
+  SIMT_UNSEEN void wake(int thread) {
     threads[thread].state = State::ready;
     ready[thread / kWarpSize] |= 1u << thread % kWarpSize;
   }
@@ -160,26 +161,8 @@ SIMT_UNSEEN inline void to_thread(Block& b, int next) {
 #endif
 }
 
-// Where a thread begins.
-SIMT_UNSEEN inline void enter() {
-  Block& b = *block();
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &b.scheduler_stack, &b.scheduler_stack_size);
-#endif
-  try {
-    b.body();
-  } catch (...) {
-    b.error = std::current_exception();
-  }
-  b.thread().state = State::finished;
-  ++b.finished;
-  to_scheduler();
-}
-
-// ---- Waiting for each other --------------------------------------------------------------------------------
-
-// Everything before a barrier happens before everything after it. Two names by turns: a thread that has reached
-// the next barrier must not seem ordered before one that has just left this.
+// Everything before the one happens before everything after the other. A barrier has two names by turns: a thread
+// that has reached the next one must not seem ordered before one that has just left this.
 inline void order_before([[maybe_unused]] void* name) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(name);
@@ -190,6 +173,26 @@ inline void order_after([[maybe_unused]] void* name) {
   __tsan_acquire(name);
 #endif
 }
+
+// Where a thread begins.
+SIMT_UNSEEN inline void enter() {
+  Block& b = *block();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &b.scheduler_stack, &b.scheduler_stack_size);
+#endif
+  order_after(&b.launch);
+  try {
+    b.body();
+  } catch (...) {
+    b.error = std::current_exception();
+  }
+  order_before(&b.end);
+  b.thread().state = State::finished;
+  ++b.finished;
+  to_scheduler();
+}
+
+// ---- Waiting for each other --------------------------------------------------------------------------------
 
 SIMT_UNSEEN inline void barrier() {
   Block& b = *block();
@@ -204,7 +207,8 @@ SIMT_UNSEEN inline void barrier() {
   order_after(name);
 }
 
-// Lanes of a warp, by their operands, of which the last to come runs `run` for all of them.
+// Lanes of a warp, by their operands, of which the last to come runs `run` for all of them. It stands for hardware:
+// sanitizers do not see what it does.
 template <typename Operands>
 using Lanes = Operands* const (&)[kWarpSize];
 template <typename Operands>
@@ -269,14 +273,15 @@ SIMT_UNSEEN inline void run_block(Block& b) {
     thread.top = top;
 #if defined(__SANITIZE_THREAD__)
     thread.fiber = __tsan_create_fiber(0);
-    order_before(b.barrier);  // what came before the launch
 #endif
     b.wake(i);
   }
 #if defined(__SANITIZE_THREAD__)
   b.scheduler_fiber = __tsan_get_current_fiber();
 #endif
+  order_before(&b.launch);
   while (b.finished < threads && !b.error) to_thread(b, choose(b));
+  order_after(&b.end);
 #if defined(__SANITIZE_THREAD__)
   for (Thread& thread : b.threads) __tsan_destroy_fiber(thread.fiber);
 #endif
@@ -362,7 +367,7 @@ T exchange(unsigned mask, T value, int source) {
   if (mask != ~0u) throw std::runtime_error("an operation of part of a warp");
   Exchange<T> own{value, source, {}};
   together<Exchange<T>>(
-      [](Lanes<Exchange<T>> lanes) {
+      [](Lanes<Exchange<T>> lanes) SIMT_UNSEEN {
         for (auto* lane : lanes) lane->result = lanes[lane->source]->value;
       },
       own);
@@ -391,7 +396,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   } own{vote, 0};
   if (mask != ~0u) throw std::runtime_error("an operation of part of a warp");
   simt::together<Ballot>(
-      [](simt::Lanes<Ballot> lanes) {
+      [](simt::Lanes<Ballot> lanes) SIMT_UNSEEN {
         unsigned votes = 0;
         for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(lanes[i]->vote) << i;
         for (auto* lane : lanes) lane->result = votes;
@@ -417,3 +422,4 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }

@@ -44,23 +44,23 @@ void wait_for_copies() {
 
 // ---- Tensor cores ------------------------------------------------------------------------------------------
 
-struct LoadedLines {
-  const void* line;
-  uint32_t* words;
+// Each lane's line, and the lines that its words are from.
+struct Lines {
+  const uint32_t* own;
+  const uint32_t* of_words[4];
 };
 
 inline void load_matrices(uint32_t (&words)[4], const void* line) {
   require_unit(line);
-  LoadedLines own{line, words};
-  simt::together<LoadedLines>(
-      [](simt::Lanes<LoadedLines> lanes) {
+  Lines lines{static_cast<const uint32_t*>(line), {}};
+  simt::together<Lines>(
+      [](simt::Lanes<Lines> lanes) SIMT_UNSEEN {
         for (int lane = 0; lane < 32; ++lane) {
-          for (int m = 0; m < 4; ++m) {
-            lanes[lane]->words[m] = static_cast<const uint32_t*>(lanes[8 * m + lane / 4]->line)[lane % 4];
-          }
+          for (int m = 0; m < 4; ++m) lanes[lane]->of_words[m] = lanes[8 * m + lane / 4]->own;
         }
       },
-      own);
+      lines);
+  for (int m = 0; m < 4; ++m) words[m] = lines.of_words[m][simt::block()->lane() % 4];
 }
 
 inline float from_float16(uint16_t bits) {
@@ -92,7 +92,7 @@ struct Product {
 
 // Numbers of a line of 32 bytes whose two words with index t are in lane 4 · line + t.
 template <typename Element>
-void gather(const uint32_t* first, const uint32_t* second, int t, float* numbers) {
+SIMT_UNSEEN void gather(const uint32_t* first, const uint32_t* second, int t, float* numbers) {
   constexpr int kInWord = 4 / Element::kBytes, kHalf = 4 * kInWord;
   constexpr uint32_t kMask = Element::kBytes == 4 ? ~0u : 0xFFFFu;
   for (int e = 0; e < kInWord; ++e) {
@@ -122,7 +122,7 @@ inline float truncated_sum(float sum, const float* a, const float* b, int depth)
 }
 
 template <typename Element>
-void multiply_lanes(simt::Lanes<Product> lanes) {
+SIMT_UNSEEN void multiply_lanes(simt::Lanes<Product> lanes) {
   constexpr int kDepth = 32 / Element::kBytes;
   float a[16][kDepth], b[8][kDepth];
   for (int lane = 0; lane < 32; ++lane) {
