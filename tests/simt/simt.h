@@ -27,7 +27,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -266,6 +266,9 @@ SIMT_UNSEEN inline void run_block(Block& b) {
     thread = Thread{};
     thread.stack = stack;
     thread.index = {static_cast<unsigned>(i), 0, 0};
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, kStack);  // of functions that never returned
+#endif
     // As simt_switch leaves a stack: six registers, where to return to, and what that returns to, which it never does.
     void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStack) - 8;
     std::fill(top, top + 8, nullptr);
