@@ -79,28 +79,29 @@ void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int
       at<float>(out), threads);
 }
 
+RowType row_type_of(const std::string& name) {
+  if (name == "float32") return RowType::float32;
+  if (name == "float16") return RowType::float16;
+  if (name == "bfloat16") return RowType::bfloat16;
+  throw std::invalid_argument("row type must be float32, float16 or bfloat16, got '" + name + "'");
+}
+
 Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
              size_t N, size_t L, size_t d) {
-  return {at<const void>(rows),
-          row_type == "float16" ? RowType::float16 : RowType::float32,
-          row_stride,
-          at<const float>(scales),
-          N,
-          L,
-          d};
+  return {at<const void>(rows), row_type_of(row_type), row_stride, at<const float>(scales), N, L, d};
 }
 
 TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions) {
   return {Q, k, largest, at<float>(scores), at<std::int64_t>(positions)};
 }
 
-void score_topk_at(std::uintptr_t queries, const Rows& rows, const TopK& top, int threads) {
-  score_topk(at<const float>(queries), rows, top, threads);
+void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
+  score_topk(at<const float>(queries), rows, tops, threads);
 }
 
-void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows, const TopK& top,
-                   std::uintptr_t doubtful, int threads) {
-  mixed_topk(task, at<const float>(squared_norms), rows, top, at<bool>(doubtful), threads);
+void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows,
+                   const std::vector<TopK>& tops, std::uintptr_t doubtful, int threads) {
+  mixed_topk(task, at<const float>(squared_norms), rows, tops, at<bool>(doubtful), threads);
 }
 
 #ifdef TRACKSTAR_HAS_CUDA
@@ -183,8 +184,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<TopK>(m, "TopK", "Where results go, by address: see csrc/scoring.h.")
       .def(py::init(&top_at), py::arg("Q"), py::arg("k"), py::arg("largest"), py::arg("scores"),
            py::arg("positions"));
-  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("top"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
   py::class_<Task>(m, "Task",
                    "Queries under another inner product, copied from addresses: see csrc/scoring.h.")
       .def(py::init([](size_t Q, size_t L, size_t d, size_t rank, double base, double sign, double trusted) {
@@ -203,6 +204,6 @@ PYBIND11_MODULE(_C, m) {
           [](Task& task, std::uintptr_t weights) { task.set_weights(at<const float>(weights)); },
           py::arg("weights"));
   m.def("mixed_topk", &mixed_topk_at, py::arg("task"), py::arg("squared_norms"), py::arg("rows"),
-        py::arg("top"), py::arg("doubtful"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("tops"), py::arg("doubtful"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "See csrc/scoring.h.");
 }

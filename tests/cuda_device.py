@@ -86,7 +86,9 @@ def _structure(name, **fields):
 Rows = _structure(
     "Rows", values="pointer", type="int", stride="stride", scales="pointer", N="size", L="int", d="int"
 )
-Survivors = _structure("Survivors", keys="pointer", Q="int", k="int", slices="int", capacity="int", largest="bool")
+Survivors = _structure(
+    "Survivors", keys="pointer", Q="int", k="int", slices="int", capacity="int", largest="bool"
+)
 Mixing = _structure(
     "Mixing",
     factors="pointer",
@@ -173,7 +175,9 @@ class Program:
             with call.open("wb") as file:
                 file.write(" ".join(repr(float(number)) for number in numbers).encode())
                 for pointer, size in arrays:
-                    file.write(b" 0 " if pointer is None else f" {size} ".encode() + ctypes.string_at(pointer, size))
+                    file.write(
+                        b" 0 " if pointer is None else f" {size} ".encode() + ctypes.string_at(pointer, size)
+                    )
             done = subprocess.run(
                 [self.file, call, result],
                 env=os.environ | self.environment,

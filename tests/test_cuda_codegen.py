@@ -145,7 +145,10 @@ def test_the_gate_closes(usage, opcodes, fault):
 def test_what_the_extension_carries():
     """Machine code for each architecture, and the intermediate form for those to come."""
     listed = subprocess.run(
-        [tool("cuobjdump"), "--list-elf", "--list-ptx", _C.__file__], capture_output=True, text=True, check=True
+        [tool("cuobjdump"), "--list-elf", "--list-ptx", _C.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert set(re.findall(r"\.(sm_\d+)\.cubin", listed)) == set(ARCHITECTURES)
     assert re.findall(r"\.(sm_\d+)\.ptx", listed) == ["sm_120"]
@@ -155,11 +158,9 @@ def test_what_the_extension_carries():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_call_without_a_driver_says_so():
     keys, rows = torch.empty(128, dtype=torch.int64), torch.zeros(100, 8)
-    with pytest.raises(RuntimeError, match="CUDA: .*driver"):
+    with pytest.raises(RuntimeError, match=r"CUDA: .*driver"):
         _C.cuda_score_topk(
-            rows=_C.CudaRows(
-                values=rows.data_ptr(), type="float32", stride=8, scales=0, N=100, L=1, d=8
-            ),
+            rows=_C.CudaRows(values=rows.data_ptr(), type="float32", stride=8, scales=0, N=100, L=1, d=8),
             queries=rows.data_ptr(),
             operand=rows.data_ptr(),
             query_scales=rows.data_ptr(),

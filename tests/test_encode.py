@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton_device import DEVICE, TRITON, triton_runs
 
-from trackstar_kernels import encode_rows
+from trackstar_kernels import decode_rows, encode_rows
 from trackstar_kernels.encode import BACKENDS
 
 
@@ -19,7 +19,7 @@ def encode(backend, rows, whiteners, dtype):
     device = DEVICE if backend == "triton" else "cpu"
     whiteners = None if whiteners is None else whiteners.to(device)
     codes, scales, squared_norms = encode_rows(rows.to(device), whiteners, dtype, backend=backend)
-    return codes.cpu(), scales, squared_norms.cpu()
+    return codes.cpu(), None if scales is None else scales.cpu(), squared_norms.cpu()
 
 
 def draw(n, blocks, size, seed=0, dtype=torch.float64):
@@ -97,6 +97,130 @@ def test_without_whiteners_rows_stay(backend):
     torch.testing.assert_close(norms, rows.square().sum(2))
 
 
+# ---- int8, int4, sign ---------------------------------------------------------------------------------------
+
+NARROW = {"int8": (torch.int8, 1), "int4": (torch.uint8, 2), "sign": (torch.int32, 32)}
+narrow = pytest.mark.parametrize("dtype", NARROW)
+
+
+def unpacked(codes, size, dtype):
+    """The numbers of a block's codes, taken from their bits one by one."""
+    numbers = []
+    for i in range(size):
+        word = int(codes[i // NARROW[dtype][1]])
+        if dtype == "int8":
+            numbers.append(word)
+        elif dtype == "int4":
+            nibble = word >> 4 * (i % 2) & 15
+            numbers.append(nibble - 16 if nibble > 7 else nibble)
+        else:
+            numbers.append(-1 if word >> (i % 32) & 1 else 1)
+    return numbers
+
+
+@narrow
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 96, 257])
+def test_codes_are_laid_out_as_documented(backend, dtype, size):
+    rows, _ = draw(3, 2, size, dtype=torch.float32)
+    codes, scales, norms = encode(backend, rows, None, dtype)
+    code_dtype, elements = NARROW[dtype]
+    assert codes.dtype == code_dtype and codes.shape == (3, 2, -(-size // elements))
+    assert scales.dtype == norms.dtype == torch.float32 and scales.shape == norms.shape == (3, 2)
+    numbers = torch.tensor([[unpacked(block, size, dtype) for block in row] for row in codes])
+    assert torch.equal(decode_rows(codes, scales, size), numbers.float() * scales[:, :, None])
+    assert torch.equal(decode_rows(codes, scales, size, torch.float64), numbers * scales.double()[:, :, None])
+    # Signs are kept wherever something is.
+    assert (numbers * rows >= 0).all()
+    # Whatever a block leaves of its last byte or word is zero.
+    left = -size % elements
+    if left:
+        used = elements - left
+        bits = codes[..., -1].long() & (2 ** (8 * codes.itemsize) - 1)
+        assert (bits >> used * 8 * codes.itemsize // elements == 0).all()
+
+
+@narrow
+@pytest.mark.parametrize("spread", [0, 3])
+def test_codes_are_the_best_in_their_direction(dtype, spread):
+    """‖y − ŷ‖² = ‖y‖² − ‖ŷ‖², which the bounds of scoring rest on."""
+    rows, _ = draw(40, 3, 256, dtype=torch.float32)
+    rows = (rows * (spread * draw(40, 3, 256, seed=1)[0]).exp()).float()
+    codes, scales, norms = encode_rows(rows, None, dtype)
+    decoded = decode_rows(codes, scales, 256, torch.float64)
+    lost = (rows - decoded).square().sum(2)
+    squares = rows.double().square().sum(2)
+    assert ((lost - (norms - decoded.square().sum(2))).abs() <= 2**-21 * squares).all()
+    if spread == 0:  # of normal numbers sign must lose 1 − 2/π = 0.363, and 15 equal steps 0.012
+        assert lost.sum() / squares.sum() <= {"int8": 5.5e-5, "int4": 0.0135, "sign": 0.38}[dtype]
+
+
+def test_signs_are_scaled_by_the_mean_magnitude():
+    rows, _ = draw(5, 2, 77, dtype=torch.float32)
+    torch.testing.assert_close(encode_rows(rows, None, "sign")[1], rows.abs().mean(2))
+
+
+def test_int8_uses_its_range():
+    rows, _ = draw(9, 2, 64, dtype=torch.float32)
+    assert (encode_rows(rows, None, "int8")[0].abs().amax(2) == 127).all()
+
+
+@narrow
+@pytest.mark.parametrize("factor", [1e-44, 1e-30, 1e30])
+def test_very_small_and_very_large_rows(dtype, factor):
+    rows, _ = draw(6, 2, 40, dtype=torch.float32)
+    rows = rows / rows.abs().amax()
+    codes, _, _ = encode_rows(rows, None, dtype)
+    tiny = (factor * rows.double()).float()
+    other, scales, _ = encode_rows(tiny, None, dtype)
+    assert scales.isfinite().all()
+    if factor > 1e-40:  # subnormal rows are coarse themselves
+        assert torch.equal(other, codes)
+    assert ((decode_rows(other, scales, 40).double() * tiny.double()).sum(2) >= 0).all()
+
+
+@narrow
+def test_zeros_and_what_is_not_finite(backend, dtype):
+    rows, _ = draw(4, 2, 33, dtype=torch.float32)
+    rows[0] = 0
+    rows[1, 0, 3], rows[2, 1, 5] = torch.nan, -torch.inf
+    codes, scales, norms = encode(backend, rows, None, dtype)
+    assert not scales[0].any() and not codes[0].any() and not norms[0].any()
+    broken = torch.zeros(4, 2, dtype=torch.bool)
+    broken[1, 0] = broken[2, 1] = True
+    assert torch.equal(scales.isnan(), broken)
+    assert torch.equal(~norms.isfinite(), broken)
+    assert torch.equal(decode_rows(codes, scales, 33).isnan(), broken[:, :, None].expand(4, 2, 33))
+
+
+@narrow
+def test_narrow_rows_do_not_depend_on_their_company(dtype, monkeypatch):
+    rows, _ = draw(50, 3, 17, dtype=torch.float32)
+    whole = encode_rows(rows, None, dtype)
+    for start, stop in [(0, 1), (3, 20), (49, 50)]:
+        part = encode_rows(rows[start:stop], None, dtype)
+        assert all(torch.equal(a, b[start:stop]) for a, b in zip(part, whole, strict=True))
+    monkeypatch.setattr("trackstar_kernels.encode._narrow.CHUNK", 200)
+    assert all(torch.equal(a, b) for a, b in zip(encode_rows(rows, None, dtype), whole, strict=True))
+
+
+@narrow
+def test_narrow_codes_are_those_of_the_whitened_rows(backend, dtype):
+    rows, whiteners = draw(9, 2, 16, dtype=torch.float32)
+    whitened, _, norms = encode(backend, rows, whiteners, "float32")
+    codes, scales, kept = encode(backend, rows, whiteners, dtype)
+    wanted, wanted_scales, _ = encode_rows(whitened, None, dtype)
+    assert torch.equal(codes, wanted) and torch.equal(scales, wanted_scales) and torch.equal(kept, norms)
+
+
+@narrow
+def test_empty(dtype):
+    codes, scales, norms = encode_rows(torch.empty(0, 3, 40), None, dtype)
+    assert len(codes) == 0 and scales.shape == norms.shape == (0, 3)
+
+
+# ---- Errors -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("rows", "whiteners", "dtype", "error", "message"),
     [
@@ -115,7 +239,13 @@ def test_without_whiteners_rows_stay(backend):
             TypeError,
             "whiteners must have dtype float32",
         ),
-        (torch.ones(2, 3, 4), None, "int3", ValueError, "dtype must be one of float32, float16; got 'int3'"),
+        (
+            torch.ones(2, 3, 4),
+            None,
+            "int3",
+            ValueError,
+            "dtype must be one of float32, float16, int8, int4, sign; got 'int3'",
+        ),
         (torch.full((1, 1, 1), 1e6), None, "float16", ValueError, r"rows\[0\] reaches 1e\+06 in block 0"),
         ([[1.0]], None, "float32", TypeError, "rows must be a torch.Tensor, got list"),
     ],

@@ -38,7 +38,7 @@ def test_kernels_are_stateless(file):
     "file", [f for f in KERNELS if f.name == "_reference.py"], ids=lambda file: file.parent.name
 )
 def test_references_need_torch_and_numpy_alone(file):
-    assert imports(file) <= {"torch", "numpy", "math", "trackstar_kernels"}
+    assert imports(file) <= {"torch", "numpy", "math", "collections", "trackstar_kernels"}
 
 
 @pytest.mark.parametrize("file", ENGINE, ids=lambda file: file.name)

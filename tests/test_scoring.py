@@ -19,18 +19,26 @@ native_only = pytest.mark.parametrize("backend", NATIVE, indirect=True)
 DTYPES = [torch.float32, torch.float16]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    """Each backend, the CPU's own at each instruction set level; yields the backend's name."""
-    name, _, isa = request.param.partition(":")
+@contextmanager
+def on_backend(case):
+    """One of BACKENDS, the native one at its instruction set level; yields the backend's name."""
+    name, _, isa = case.partition(":")
     if name == "cuda":
         with cuda_runs(isa, scoring.BACKENDS):
             yield name
         return
     before = _C.isa()
     _C.set_isa(isa or before)
-    yield name
-    _C.set_isa(before)
+    try:
+        yield name
+    finally:
+        _C.set_isa(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with on_backend(request.param) as name:
+        yield name
 
 
 @contextmanager
@@ -54,12 +62,17 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def decode(rows, scales, dtype):
+    """Floating-point rows (N, L, d) times their scales."""
+    return tk.decode_rows(rows, scales, rows.shape[2], dtype)
+
+
 def exact_scores(queries, rows, scales=None):
     """(Q, N) in float64."""
     L = rows.shape[1] if rows.dim() == 3 else 1
     queries, rows = queries.reshape(len(queries), L, -1), rows.reshape(len(rows), L, -1)
     scales = None if scales is None else scales.reshape(len(rows), -1)
-    return queries.double().flatten(1) @ _reference.dequantize(rows, scales, torch.float64).flatten(1).T
+    return queries.double().flatten(1) @ decode(rows, scales, torch.float64).flatten(1).T
 
 
 def check_topk(result, exact, k, largest, tolerance, start=0):
@@ -82,7 +95,7 @@ def float32_tolerance(queries, rows, scales=None):
     L = rows.shape[1] if rows.dim() == 3 else 1
     q, r = queries.reshape(len(queries), L, -1), rows.reshape(len(rows), L, -1)
     s = None if scales is None else scales.reshape(len(rows), -1)
-    single = q.flatten(1) @ _reference.dequantize(r, s, torch.float32).flatten(1).T
+    single = q.flatten(1) @ decode(r, s, torch.float32).flatten(1).T
     exact = exact_scores(queries, rows, scales)
     magnitude = exact_scores(queries.abs(), rows.abs(), None if scales is None else scales.abs())
     return 2 * (single - exact).abs().amax() + 1e-7 * magnitude
@@ -252,17 +265,17 @@ def squared_norms(rows):
     return rows.float().square().sum(2)
 
 
-def exact_mixed(queries, rows, mixing, scales=None):
+def exact_mixed(queries, rows, mixing, scales=None, norms=None):
     """(Q, N) in float64."""
     N = len(rows)
-    scores, indices = _reference.mixed_topk(queries.double(), rows, None, N, mixing, scales, True, 0)
+    scores, indices = _reference.mixed_topk(queries.double(), rows, norms, N, mixing, scales, True, 0)
     return torch.empty_like(scores).scatter(1, indices, scores)
 
 
 def check_mixed(queries, rows, mixing, k=None, backend="cpu", scales=None, largest=True):
     k = k or len(rows)
     per_block = None if scales is None else scales.reshape(len(rows), -1)
-    norms = squared_norms(_reference.dequantize(rows, per_block, torch.float32))
+    norms = squared_norms(decode(rows, per_block, torch.float32))
     result = tk.mixed_topk(
         queries, rows, norms, k, mixing, scales=scales, largest=largest, start=5, backend=backend
     )
@@ -405,6 +418,27 @@ def test_a_prepared_task_gives_the_same_bits(backend, mixing, Q):
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
+@pytest.mark.parametrize("mixing", [0, 0.5])
+@pytest.mark.parametrize("Q", [9, 30])
+def test_queries_asked_in_batches_score_as_together(backend, mixing, Q):
+    """Fewer queries than dimensions and more; rows that are queries too, whose norms cancel, included."""
+    queries = randn(Q, 2, 16)
+    rows = torch.cat([randn(40, 2, 16, seed=1), queries[:3]])
+    norms = squared_norms(rows)
+    wanted = tk.mixed_topk(queries, rows, norms, 7, mixing, backend=backend)
+    batches = range(0, 5), range(5, 6), range(6, Q)
+    tasks = [prepare_task(queries, mixing, asked=batch, backend=backend) for batch in batches]
+    found = [torch.cat(halves) for halves in zip(*(task.topk(rows, norms, 7) for task in tasks), strict=True)]
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", [range(2, 2), range(0, 4), range(-1, 2), range(0, 3, 2)])
+def test_asked_queries_must_be_some_of_the_task(asked):
+    with pytest.raises(ValueError, match=r"asked must be a range within 0 to 3 \(the queries\), got range"):
+        prepare_task(randn(3, 2, 4), 0.5, asked=asked)
+
+
 def test_more_mixing_changes_the_answer():
     queries, rows = randn(8, 2, 16), randn(100, 2, 16, seed=1)
     plain, mixed = (exact_mixed(queries, rows, mixing) for mixing in (0.0, 0.9))
@@ -449,7 +483,12 @@ GOOD = {"queries": torch.ones(2, 3, 4), "rows": torch.ones(5, 3, 4), "k": 2}
         ({"queries": torch.full((2, 3, 4), torch.nan)}, ValueError, "queries must be finite"),
         ({"queries": torch.full((2, 3, 4), torch.inf)}, ValueError, "queries must be finite"),
         ({"rows": torch.ones(5, 3, 5)}, ValueError, r"rows must have shape \(N, 3, 4\), got \(5, 3, 5\)"),
-        ({"rows": torch.ones(5, 3, 4, dtype=torch.int8)}, TypeError, "float32, float16; got int8"),
+        ({"rows": torch.ones(5, 3, 4, dtype=torch.int16)}, TypeError, "int8, uint8, int32; got int16"),
+        (
+            {"rows": torch.ones(5, 3, 4, dtype=torch.int32)},
+            ValueError,
+            r"rows must have shape \(N, 3, 1\), got",
+        ),
         ({"rows": torch.ones(0, 3, 4)}, ValueError, "must not be empty"),
         ({"k": 0}, ValueError, r"k must be from 1 to N \(=5\), got 0"),
         ({"k": 6}, ValueError, r"k must be from 1 to N \(=5\), got 6"),

@@ -191,8 +191,8 @@ def test_mixed_bytes(Q, per_block):
     rows, scales = stored(200, 3, 50, torch.int8), randn(200, 3 if per_block else 1, seed=2).abs()
     wide = rows.float() * scales[:, :, None]
     queries = randn(Q, 3, 50)
-    run = _cuda.prepare_task(queries, 0.9)
-    scores, indices = run(rows, squared_norms(wide), 200, scales, True, 0)
+    norms = squared_norms(wide)
+    scores, indices = tk.mixed_topk(queries, rows, norms, 200, 0.9, scales=scales, backend="cuda")
     found = torch.empty_like(scores).scatter(1, indices, scores)
     assert (found - exact_mixed(queries, wide, 0.9)).abs().max() <= 1e-5
 

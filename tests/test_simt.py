@@ -82,7 +82,12 @@ MISTAKES = {
         "copy_next(current)",
         (),
     ),
-    "one row too many": ("scoring.cuh", "row[0] < rows.N, row[1] < rows.N}", "row[0] <= rows.N, row[1] <= rows.N}", ()),
+    "one row too many": (
+        "scoring.cuh",
+        "row[0] < rows.N, row[1] < rows.N}",
+        "row[0] <= rows.N, row[1] <= rows.N}",
+        (),
+    ),
     "one tile too few": ("scoring.cuh", "at.tile >= tiles", "at.tile >= tiles - 1", ()),
     "a step's end from the next block": (
         "scoring.cuh",
@@ -98,7 +103,12 @@ MISTAKES = {
         ("-fsanitize=thread",),
     ),
     "weeding keeps one less": ("survivors.cuh", "key >= lowest", "key > lowest", ()),
-    "room for less than a tile": ("survivors.cuh", "capacity - kTileRows", "capacity", ("-fsanitize=address",)),
+    "room for less than a tile": (
+        "survivors.cuh",
+        "capacity - kTileRows",
+        "capacity",
+        ("-fsanitize=address",),
+    ),
     "places read and written at once": (
         "survivors.cuh",
         "      __syncwarp();  // the",

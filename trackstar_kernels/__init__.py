@@ -6,6 +6,7 @@ kernels can be embedded in any attribution stack. Every op has a slow, obvious r
 and one native backend per device; :func:`available_backends` says which run here.
 """
 
+from trackstar_kernels._codes import decode_rows
 from trackstar_kernels._dispatch import available_backends
 from trackstar_kernels.encode import encode_rows
 from trackstar_kernels.gradient import project_gradients
@@ -14,6 +15,7 @@ from trackstar_kernels.sketch import projection_matrix
 
 __all__ = [
     "available_backends",
+    "decode_rows",
     "encode_rows",
     "mixed_topk",
     "project_gradients",

@@ -50,12 +50,12 @@ __device__ inline void load_matrices(uint32_t (&words)[4], const void* line) {
                : "memory");
 }
 
-#define TRACKSTAR_MULTIPLY(name, shape, element)                                                          \
-  __device__ inline void name(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {        \
-    asm volatile("mma.sync.aligned." shape ".row.col.f32." element "." element                            \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                   \
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
+#define TRACKSTAR_MULTIPLY(name, shape, element)                                                   \
+  __device__ inline void name(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned." shape ".row.col.f32." element "." element                     \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"            \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                  \
   }
 // sum += a · bᵀ: a of 16 lines (8 in a[0] and a[2], then 8), b of 8, each line 32 bytes long in two matrices.
 TRACKSTAR_MULTIPLY(multiply_float16, "m16n8k16", "f16")

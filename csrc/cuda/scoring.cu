@@ -1,6 +1,6 @@
-#include "cuda/scoring.cuh"
-
 #include <stdexcept>
+
+#include "cuda/scoring.cuh"
 
 namespace trackstar::cuda {
 namespace {
@@ -11,12 +11,14 @@ bool units(size_t bytes) { return bytes % kUnit == 0; }
 template <RowType type>
 bool aligned(const Rows& rows) {
   constexpr size_t kBytes = sizeof(typename Format<type>::Number);
-  return units(reinterpret_cast<uintptr_t>(rows.values)) && units(rows.stride * kBytes) && units(rows.d * kBytes);
+  return units(reinterpret_cast<uintptr_t>(rows.values)) && units(rows.stride * kBytes) &&
+         units(rows.d * kBytes);
 }
 
 dim3 grid(const Rows& rows, int columns, const Survivors& survivors) {
   if (!fits(survivors, rows.N)) throw std::invalid_argument("survivors have not enough room");
-  return {static_cast<unsigned>((survivors.Q + columns - 1) / columns), static_cast<unsigned>(survivors.slices), 1};
+  return {static_cast<unsigned>((survivors.Q + columns - 1) / columns),
+          static_cast<unsigned>(survivors.slices), 1};
 }
 
 template <RowType type, int kColumns>
@@ -30,9 +32,9 @@ void score(const Rows& rows, const float* queries, Operand operand, const float*
 
 template <RowType type, int kColumns>
 void mixed(const Rows& rows, const Mixing& mixing, const Survivors& survivors, void* stream) {
-  launch<Rows, bool, Mixing, Survivors>(mixed_kernel<type, kColumns>, grid(rows, kColumns, survivors), kThreads,
-                                        sizeof(Shared<type, kColumns>), stream, rows, aligned<type>(rows),
-                                        mixing, survivors);
+  launch<Rows, bool, Mixing, Survivors>(mixed_kernel<type, kColumns>, grid(rows, kColumns, survivors),
+                                        kThreads, sizeof(Shared<type, kColumns>), stream, rows,
+                                        aligned<type>(rows), mixing, survivors);
 }
 
 // Calls run(type, columns) with both as types' constants.
@@ -65,10 +67,10 @@ void score_topk(const Rows& rows, const float* queries, Operand operand, const f
   });
 }
 
-void mixed_topk(const Rows& rows, const Mixing& mixing, int columns, const Survivors& survivors, void* stream) {
-  dispatch(rows.type, columns, [&](auto type, auto width) {
-    mixed<type.value, width.value>(rows, mixing, survivors, stream);
-  });
+void mixed_topk(const Rows& rows, const Mixing& mixing, int columns, const Survivors& survivors,
+                void* stream) {
+  dispatch(rows.type, columns,
+           [&](auto type, auto width) { mixed<type.value, width.value>(rows, mixing, survivors, stream); });
 }
 
 }  // namespace trackstar::cuda

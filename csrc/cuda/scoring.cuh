@@ -80,8 +80,8 @@ template <RowType type, int kColumns>
 __device__ void copy_rows_at(Stage<type, kColumns>& stage, const Rows& rows, bool aligned,
                              const Walk::Place& at) {
   const int begin = at.step * Format<type>::kDepth;
-  copy_rows(stage, rows, aligned, static_cast<size_t>(at.tile) * kTileRows, static_cast<size_t>(at.block) * rows.d + begin,
-            rows.d - begin);
+  copy_rows(stage, rows, aligned, static_cast<size_t>(at.tile) * kTileRows,
+            static_cast<size_t>(at.block) * rows.d + begin, rows.d - begin);
 }
 
 // sum += addend · factor[h], row by row.
@@ -124,8 +124,7 @@ __device__ float plain_score(const Rows& rows, const float* query, uint32_t n) {
 
 // Blocks that an SM can hold, where registers would be too few otherwise.
 template <RowType type, int kColumns>
-constexpr int kResident =
-    kColumns == 16 || type == RowType::float16 || type == RowType::int8 ? 2 : 1;
+constexpr int kResident = kColumns == 16 || type == RowType::float16 || type == RowType::int8 ? 2 : 1;
 
 template <RowType type, int kColumns>
 __global__ void __launch_bounds__(kThreads, kResident<type, kColumns>)
@@ -193,7 +192,8 @@ __device__ inline double sum_of_four(double x) {
 __device__ inline double share_of_norm(const Mixing& mixing, const Rows& rows, uint32_t n) {
   double sum = 0;
   if (n < rows.N) {
-    for (int b = threadIdx.x % 4; b < rows.L; b += 4) sum += mixing.squared_norms[static_cast<size_t>(n) * rows.L + b];
+    for (int b = threadIdx.x % 4; b < rows.L; b += 4)
+      sum += mixing.squared_norms[static_cast<size_t>(n) * rows.L + b];
   }
   return sum;
 }
@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 1 : 2)
       const auto* factors = static_cast<const unsigned char*>(mixing.factors);
       copy_operand(stage, factors + step * Tile::kOperandBytes, Tile::kOperandBytes);
     } else {
-      const size_t step = ((blockIdx.x * static_cast<size_t>(way.blocks) + block) * parts + part) * kCombineSteps;
+      const size_t step =
+          ((blockIdx.x * static_cast<size_t>(way.blocks) + block) * parts + part) * kCombineSteps;
       const auto* combine = static_cast<const unsigned char*>(mixing.combine);
       copy_operand(stage, combine + (step + at.step - steps) * Tile::kCombineBytes, Tile::kCombineBytes);
     }
@@ -229,7 +230,8 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 1 : 2)
     const uint32_t row[2] = {row_of(at.tile, 0), row_of(at.tile, 1)};
     if (at.step < steps) {
       const float factor = mixing.factor_scales[at.block];
-      const float scale[2] = {factor * scale_of(rows, row[0], at.block), factor * scale_of(rows, row[1], at.block)};
+      const float scale[2] = {factor * scale_of(rows, row[0], at.block),
+                              factor * scale_of(rows, row[1], at.block)};
       Sums<kColumns> sum = {};
       multiply(stage, sum);
       add<kColumns>(t, sum, scale);

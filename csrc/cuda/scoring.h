@@ -72,6 +72,7 @@ struct Mixing {
   double base, sign, trusted;
   bool* doubtful;
 };
-void mixed_topk(const Rows& rows, const Mixing& mixing, int columns, const Survivors& survivors, void* stream);
+void mixed_topk(const Rows& rows, const Mixing& mixing, int columns, const Survivors& survivors,
+                void* stream);
 
 }  // namespace trackstar::cuda

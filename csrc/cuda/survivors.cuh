@@ -74,7 +74,8 @@ class Selection {
     for (int q = threadIdx.x / 32; q < queries_; q += kWarps) {
       __syncwarp();
       int64_t* keys = reservoir(q);
-      for (int i = thresholds_.count[q] + threadIdx.x % 32; i < survivors_.capacity; i += 32) keys[i] = kEmpty;
+      for (int i = thresholds_.count[q] + threadIdx.x % 32; i < survivors_.capacity; i += 32)
+        keys[i] = kEmpty;
     }
   }
 
@@ -123,7 +124,7 @@ class Selection {
     constexpr uint64_t kSign = uint64_t{1} << 63;
     unsigned* bins = thresholds_.bins[threadIdx.x / 32];
     const int lane = threadIdx.x % 32;
-    uint64_t found = 0;             // the bits so far, of keys as unsigned numbers
+    uint64_t found = 0;              // the bits so far, of keys as unsigned numbers
     unsigned wanted = survivors_.k;  // which of the keys that begin so is looked for
     for (int shift = 60; shift >= 0; shift -= 5) {
       bins[lane] = 0;

@@ -138,8 +138,7 @@ template <RowType type, int kColumns>
 __device__ void load_columns(const Stage<type, kColumns>& stage, int plane, int first, int k,
                              uint32_t (&words)[4]) {
   const int lane = threadIdx.x % 32;
-  load_matrices(words,
-                stage.operand_unit(plane, first + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+  load_matrices(words, stage.operand_unit(plane, first + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
 }
 
 // sum += numbers · columns, 8 numbers deep, all in float32.

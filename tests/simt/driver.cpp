@@ -4,13 +4,13 @@
 //
 // CALL has the arguments: numbers as text, then the arrays, each in memory of its own size. RESULT gets the keys, and
 // for mixed_topk what is doubtful.
-#include "cuda/scoring.cu"
-
 #include <cstdio>
 #include <fstream>
 #include <iostream>
 #include <string>
 #include <vector>
+
+#include "cuda/scoring.cu"
 
 using namespace trackstar::cuda;
 

@@ -1,5 +1,4 @@
-// CUDA's threads on a CPU: enough of the language to run csrc/cuda with an ordinary compiler, and to fail where a
-// GPU might.
+// CUDA's threads on a CPU, to run csrc/cuda with an ordinary compiler and to fail where a GPU might.
 //
 // The threads of a block are fibers of one OS thread, run one block after the other. A fiber runs until it has to
 // wait for others, at a barrier or where its whole warp does something together; then the next one is chosen: the
@@ -91,15 +90,15 @@ struct Thread {
   const void* operation = nullptr;
   void* operands = nullptr;
   unsigned barriers = 0, warp_barriers = 0;
-  void* fiber = nullptr;  // ThreadSanitizer's
+  void* fiber = nullptr;       // ThreadSanitizer's
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
 struct Block {
   dim3 grid, index;
   std::vector<Thread> threads;
-  std::vector<unsigned> ready;    // lanes of each warp
-  std::vector<int> waiting;       // lanes of each warp that are in a warp's operation
+  std::vector<unsigned> ready;  // lanes of each warp
+  std::vector<int> waiting;     // lanes of each warp that are in a warp's operation
   int at_barrier = 0, finished = 0, current = 0;
   unsigned char* shared = nullptr;
   std::function<void()> body;
@@ -223,7 +222,8 @@ SIMT_UNSEEN void together(void (*run)(Lanes<Operands>), Operands& operands) {
     Operands* lanes[kWarpSize];
     for (int i = 0; i < kWarpSize; ++i) {
       Thread& other = b.threads[first + i];
-      if (other.operation != own.operation) throw std::runtime_error("lanes of a warp are at different operations");
+      if (other.operation != own.operation)
+        throw std::runtime_error("lanes of a warp are at different operations");
       lanes[i] = static_cast<Operands*>(other.operands);
     }
     b.waiting[b.warp()] = 0;
@@ -296,14 +296,16 @@ void launch(Body body, dim3 grid, int threads, size_t shared_bytes) {
   if (threads < 1 || threads > kMostThreads || threads % kWarpSize != 0) {
     throw std::runtime_error("blocks of " + std::to_string(threads) + " threads");
   }
-  if (shared_bytes > kMostShared) throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory");
+  if (shared_bytes > kMostShared)
+    throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory");
   Block b;
   b.grid = grid;
   b.body = body;
   b.threads.resize(threads);
   if (const char* seed = std::getenv("SIMT_SEED")) b.random = std::make_unique<std::mt19937>(std::atoi(seed));
   const size_t stacks_size = kStack * threads;
-  void* stacks = mmap(nullptr, stacks_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* stacks =
+      mmap(nullptr, stacks_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) throw std::bad_alloc();
   for (int i = 0; i < threads; ++i) b.threads[i].stack = static_cast<char*>(stacks) + kStack * i;
   Block* outer = block();
@@ -313,7 +315,8 @@ void launch(Body body, dim3 grid, int threads, size_t shared_bytes) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         const std::unique_ptr<unsigned char, decltype(&std::free)> shared(
-            static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)), std::free);
+            static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)),
+            std::free);
         std::memset(shared.get(), 0xFF, shared_bytes);
         b.shared = shared.get();
         b.index = {x, y, 0};
@@ -329,100 +332,3 @@ void launch(Body body, dim3 grid, int threads, size_t shared_bytes) {
 }
 
 }  // namespace simt
-
-// ---- The language ------------------------------------------------------------------------------------------
-
-#define __global__
-#define __device__
-#define __launch_bounds__(...)
-#define threadIdx (simt::block()->thread().index)
-#define blockIdx (simt::block()->index)
-#define gridDim (simt::block()->grid)
-
-using std::isnan;
-using std::max;
-using std::min;
-
-inline void __syncthreads() { simt::barrier(); }
-
-inline void __syncwarp() {
-  struct Nothing {
-  } nothing;
-  simt::Block& b = *simt::block();
-  char* name = &b.warp_barrier[b.warp()][b.thread().warp_barriers++ % 2];
-  simt::order_before(name);
-  simt::together<Nothing>([](simt::Lanes<Nothing>) {}, nothing);
-  simt::order_after(name);
-}
-
-namespace simt {
-
-// Each lane's value and the lane whose value it asks for.
-template <typename T>
-struct Exchange {
-  T value;
-  int source;
-  T result;
-};
-
-template <typename T>
-T exchange(unsigned mask, T value, int source) {
-  if (mask != ~0u) throw std::runtime_error("an operation of part of a warp");
-  Exchange<T> own{value, source, {}};
-  together<Exchange<T>>(
-      [](Lanes<Exchange<T>> lanes) SIMT_UNSEEN {
-        for (auto* lane : lanes) lane->result = lanes[lane->source]->value;
-      },
-      own);
-  return own.result;
-}
-
-}  // namespace simt
-
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source) {
-  return simt::exchange(mask, value, source & 31);
-}
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int bits) {
-  return simt::exchange(mask, value, simt::block()->lane() ^ bits);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, int distance) {
-  const int lane = simt::block()->lane();
-  return simt::exchange(mask, value, lane + distance < 32 ? lane + distance : lane);
-}
-inline unsigned __ballot_sync(unsigned mask, bool vote) {
-  struct Ballot {
-    bool vote;
-    unsigned result;
-  } own{vote, 0};
-  if (mask != ~0u) throw std::runtime_error("an operation of part of a warp");
-  simt::together<Ballot>(
-      [](simt::Lanes<Ballot> lanes) SIMT_UNSEEN {
-        unsigned votes = 0;
-        for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(lanes[i]->vote) << i;
-        for (auto* lane : lanes) lane->result = votes;
-      },
-      own);
-  return own.result;
-}
-
-template <typename T>
-T atomicAdd(T* at, T value) {
-  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
-inline uint32_t __float_as_uint(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
-inline float __uint_as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }

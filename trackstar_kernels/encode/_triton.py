@@ -5,7 +5,7 @@ import triton
 
 from trackstar_kernels._architecture import ARCHITECTURES, architecture
 from trackstar_kernels.encode._kernels import _encode_kernel
-from trackstar_kernels.encode._narrow import narrow
+from trackstar_kernels.encode._narrow import narrow, narrow_with_norms
 
 # The autotuner chooses the depth of the pipeline alone, which changes no bits.
 ENCODE = {
@@ -30,16 +30,16 @@ ENCODE = {
 
 
 def encode_rows(
-    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and squared norms; see :func:`trackstar_kernels.encode_rows`."""
+    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """See :func:`trackstar_kernels.encode_rows`."""
     if rows.dtype == torch.float64:
         raise TypeError("backend 'triton' computes in float32; for float64 rows use backend='reference'")
     if whiteners is None:
-        return narrow(rows, dtype)
+        return narrow_with_norms(rows, dtype)
     rows, whiteners = rows.contiguous(), whiteners.contiguous()
     count, blocks, size = rows.shape
-    codes = rows.new_empty(rows.shape, dtype=dtype)
+    whitened = rows.new_empty(rows.shape, dtype=torch.float16 if dtype == "float16" else torch.float32)
     squared_norms = rows.new_zeros(count, blocks)
     if rows.numel() > 0:
 
@@ -47,5 +47,5 @@ def encode_rows(
             return triton.cdiv(count, meta["BLOCK_N"]), blocks
 
         with torch.cuda.device_of(rows):
-            ENCODE[(architecture(rows.device),)][grid](rows, whiteners, codes, squared_norms, count, size)
-    return codes, squared_norms
+            ENCODE[(architecture(rows.device),)][grid](rows, whiteners, whitened, squared_norms, count, size)
+    return *narrow(whitened, dtype), squared_norms

@@ -5,16 +5,16 @@ from collections.abc import Callable
 import torch
 
 from trackstar_kernels._checks import check_count, check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._codes import DTYPES, NARROW, code_size
 from trackstar_kernels._dispatch import implementation, register
 from trackstar_kernels.scoring._merge import merge_topk
+from trackstar_kernels.scoring._staging import staged
 
-__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk"]
+__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk", "staged"]
 
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 register("score_topk", BACKENDS)
 register("mixed_topk", BACKENDS)
-
-ROW_DTYPES = (torch.float32, torch.float16)
 
 
 def score_topk(
@@ -37,10 +37,11 @@ def score_topk(
 
     Args:
         queries: (Q, D) or (Q, L, d) float32, finite.
-        rows: (N, D) or (N, L, d) float32 or float16. Rows that are not dense are copied.
+        rows: (N, D) or (N, L, d) float32 or float16, or int8, int4 or sign codes of :func:`encode_rows`, whose
+            dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
         k: results per query, 1 ≤ k ≤ N.
-        scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with rows of
-            shape (N, L, d).
+        scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with queries of
+            shape (Q, L, d). What codes stand for is their scales times the codes.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
         backend: None, "cpu", "cuda" or "reference".
@@ -54,9 +55,12 @@ def score_topk(
         ValueError: a shape, k, start or the backend is wrong, or queries are not finite.
     """
     N = _check_inputs(queries, rows, k, scales, start)
-    if scales is None or scales.dim() == 1:
+    if scales is not None and scales.dim() == 1:
+        scales = scales[:, None]
+    if queries.dim() == 2:
+        queries, rows = queries[:, None], rows[:, None]
+    elif rows.dtype not in NARROW and (scales is None or scales.shape[1] == 1):
         queries, rows = queries.reshape(len(queries), 1, -1), rows.reshape(N, 1, -1)
-        scales = None if scales is None else scales[:, None]
     with torch.no_grad():
         return _score_topk(queries, rows, k, scales, largest, start, backend)
 
@@ -108,13 +112,14 @@ def mixed_topk(
 
     with x the queries, y the rows and R_b = λ · mean over the queries of x xᵀ + (1 − λ) · I: in coordinates
     whitened by the training rows' own second moment, the mixture of the task's and the training set's. The
-    score is a cosine, in [−1, 1]; a query or row of zeros scores 0. See this folder's README.md for how one
-    scan does it.
+    score is a cosine, in [−1, 1]; a query or row of zeros scores 0. What narrowing took from a row, ‖y‖² − ‖ŷ‖²
+    of which the squared norms know, counts in its norm as orthogonal to the queries. See this folder's README.md
+    for how one scan does it.
 
     Args:
         queries: (Q, L, d) float32, finite, whitened.
-        rows: (N, L, d) float32 or float16, whitened.
-        squared_norms: (N, L) float32, squared norm of each row's blocks, as kept by the store.
+        rows: (N, L, d) float32 or float16, or codes as in :func:`score_topk`; whitened.
+        squared_norms: (N, L) float32, squared norm of each row's blocks, as kept by the store: before narrowing.
         k: results per query, 1 ≤ k ≤ N.
         mixing: λ, 0 ≤ λ < 1.
         scales: multipliers of the rows, (N,) or (N, L) float32, as in :func:`score_topk`.
@@ -171,21 +176,28 @@ def _(
     return _empty_result(queries, k)
 
 
-def prepare_task(queries: torch.Tensor, mixing: float, *, backend: str | None = None) -> "Task":
+def prepare_task(
+    queries: torch.Tensor, mixing: float, *, asked: range | None = None, backend: str | None = None
+) -> "Task":
     """What :func:`mixed_topk` has to compute of its queries alone, once for any number of calls.
 
     Args:
         queries: (Q, L, d) float32, finite, whitened. Not to be changed while the task is in use.
         mixing: λ, 0 ≤ λ < 1.
+        asked: positions of the queries that are scored, consecutive; None for all. The others shape R_task alike, so
+            that batches of a task's queries have the scores that they have together.
         backend: None, "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: the shape, mixing or the backend is wrong, or queries are not finite.
+        ValueError: the shape, mixing, asked or the backend is wrong, or queries are not finite.
     """
     _check_task(queries, mixing)
+    asked = range(len(queries)) if asked is None else asked
+    if not (0 <= asked.start < asked.stop <= len(queries) and asked.step == 1):
+        raise ValueError(f"asked must be a range within 0 to {len(queries)} (the queries), got {asked}")
     with torch.no_grad():
-        return Task(queries, _prepare(queries, float(mixing), backend))
+        return Task(queries, _prepare(queries, float(mixing), backend, slice(asked.start, asked.stop)))
 
 
 class Task:
@@ -215,12 +227,12 @@ class Task:
 
 
 def _prepare(
-    queries: torch.Tensor, mixing: float, backend: str | None
+    queries: torch.Tensor, mixing: float, backend: str | None, asked: slice = slice(None)
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The task as a function of (rows, squared_norms, k, scales, largest, start)."""
     _check_finite(queries)
     prepare = implementation(__name__, "mixed_topk", queries.device, backend, function="prepare_task")
-    return prepare(queries, mixing)
+    return prepare(queries, mixing, asked)
 
 
 def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +241,8 @@ def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _check_finite(queries: torch.Tensor) -> None:
-    if not queries.isfinite().all():
+    # Part by part: what isfinite() takes in between is more than the queries themselves.
+    if not all(part.isfinite().all() for part in queries.split(64)):
         raise ValueError("queries must be finite, got NaN or infinity")
 
 
@@ -264,15 +277,15 @@ def _check_inputs(
     """Check what the two ops share; returns N."""
     check_shape("queries", check_tensor("queries", queries), ("Q", "D"), ("Q", "L", "d"))
     check_dtype("queries", queries, torch.float32)
-    check_shape("rows", check_tensor("rows", rows), ("N", *queries.shape[1:]))
-    check_dtype("rows", rows, *ROW_DTYPES)
+    check_dtype("rows", check_tensor("rows", rows), *DTYPES.values())
+    check_shape("rows", rows, ("N", *queries.shape[1:-1], code_size(queries.shape[-1], rows.dtype)))
     N = len(rows)
     if min(*queries.shape, *rows.shape) == 0:
         raise ValueError(
             f"queries and rows must not be empty, got shapes {tuple(queries.shape)} and {tuple(rows.shape)}"
         )
     if scales is not None:
-        per_block = [(N, rows.shape[1])] if rows.dim() == 3 else []
+        per_block = [(N, rows.shape[1])] if queries.dim() == 3 else []
         check_shape("scales", check_tensor("scales", scales), (N,), *per_block)
         check_dtype("scales", scales, torch.float32)
     check_same_device(queries=queries, rows=rows, scales=scales)

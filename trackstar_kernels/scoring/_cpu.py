@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from trackstar_kernels import _C
+from trackstar_kernels._codes import NARROW, unpack
 from trackstar_kernels.scoring._merge import merge_topk
 
 # Float32 keeps the squared norm of a row to about 2⁻²⁴ of ‖y‖² where terms of that size cancel, and its root
@@ -23,22 +24,27 @@ def score_topk(
     largest: bool,
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, d), scales (N, L) or None."""
+    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None."""
     queries = queries.contiguous()
-    rows, scales = _readable(rows), None if scales is None else scales.contiguous()
+    rows = _readable(rows, queries.shape[2])
+    scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
     scores, indices = _results(len(queries), k)
     _C.score_topk(
         queries=queries.data_ptr(),
         rows=_rows_at(rows, scales),
-        top=_top_at(scores, indices, largest),
+        tops=[_top_at(scores, indices, largest)],
         threads=torch.get_num_threads(),
     )
     return scores, indices.add_(start)
 
 
-def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def prepare_task(
+    queries: torch.Tensor, mixing: float, asked: slice
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return (CosineTask(queries, score_topk) if mixing == 0 else _MixedTask(queries, mixing)).topk
+    return (
+        CosineTask(queries[asked], score_topk) if mixing == 0 else _MixedTask(queries, mixing, asked)
+    ).topk
 
 
 class CosineTask:
@@ -63,7 +69,7 @@ class CosineTask:
         unit = self.unit
         inverse = _inverse_root(squared_norms.sum(1, keepdim=True))
         scales = inverse if scales is None else scales * inverse
-        if scales.shape[1] == 1:
+        if scales.shape[1] == 1 and rows.dtype not in NARROW:
             unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
         return self.score_topk(unit, rows, k, scales, largest, start)
 
@@ -71,12 +77,12 @@ class CosineTask:
 class _MixedTask:
     """λ > 0: the inverse Hessian's factors, laid out for the kernels."""
 
-    def __init__(self, queries: torch.Tensor, mixing: float) -> None:
-        self.queries, self.mixing = queries, mixing
+    def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
+        self.queries, self.mixing, self.asked = queries, mixing, asked
         Q, L, d = queries.shape
         many = _many(queries)
         self.panels = _C.Task(
-            Q=Q,
+            Q=len(queries[asked]),
             L=L,
             d=d,
             rank=d if many else Q,
@@ -86,10 +92,10 @@ class _MixedTask:
         )
         squares = torch.zeros(Q, dtype=torch.float64)
         for block, (factor, combine, square) in enumerate(_block_factors(queries, mixing)):
-            factor, combine = factor.float().contiguous(), combine.float().contiguous()
+            factor, combine = factor.float().contiguous(), combine[asked].float().contiguous()
             self.panels.set_block(b=block, factors=factor.data_ptr(), combine=combine.data_ptr())
             squares += square
-        weights = _inverse_root(squares).float()
+        weights = _inverse_root(squares[asked]).float()
         self.panels.set_weights(weights.data_ptr())
 
     def topk(
@@ -101,24 +107,27 @@ class _MixedTask:
         largest: bool,
         start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, squared_norms = _readable(rows), squared_norms.contiguous()
+        narrow = rows.dtype in NARROW
+        rows, squared_norms = _readable(rows, self.queries.shape[2]), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-        scores, indices = _results(len(self.queries), k)
-        doubtful = torch.empty(len(rows), dtype=torch.bool)
-        _C.mixed_topk(
-            task=self.panels,
-            squared_norms=squared_norms.data_ptr(),
-            rows=_rows_at(rows, scales),
-            top=_top_at(scores, indices, largest),
-            doubtful=doubtful.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
+        scores, indices = _results(len(self.queries[self.asked]), k)
+        doubtful = torch.ones(len(rows), dtype=torch.bool)
+        if not (narrow and _many(self.queries)):
+            _C.mixed_topk(
+                task=self.panels,
+                squared_norms=squared_norms.data_ptr(),
+                rows=_rows_at(rows, scales),
+                tops=[_top_at(scores, indices, largest)],
+                doubtful=doubtful.data_ptr(),
+                threads=torch.get_num_threads(),
+            )
         redo = doubtful.nonzero()[:, 0]
         found = min(k, len(rows) - len(redo))
         scores, indices = scores[:, :found], indices[:, :found]
         Q, _, d = self.queries.shape
         for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
-            precise = _precise_scores(self.queries, rows, scales, self.mixing, positions)
+            known = squared_norms[positions] if narrow else None
+            precise = _precise_scores(self.queries, rows, scales, self.mixing, positions, known)[self.asked]
             parts = [(scores, indices), (precise, positions.expand_as(precise))]
             scores, indices = merge_topk(parts, k, largest)
         return scores, indices.add_(start)
@@ -173,11 +182,18 @@ def _precise_scores(
     scales: torch.Tensor | None,
     mixing: float,
     positions: torch.Tensor,
+    squared_norms: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scores (Q, n) of the rows at ``positions``, in float64 and from the stored values alone."""
+    """Scores (Q, n) of the rows at ``positions``, in float64.
+
+    The rows' norms come from the stored values alone, and where narrowing took something from them, from the
+    ``squared_norms`` (n, L) that they had before.
+    """
+    many = _many(queries)
     numerators = queries.new_zeros(len(queries), len(positions), dtype=torch.float64)
     query_squares = queries.new_zeros(len(queries), dtype=torch.float64)
     row_squares = queries.new_zeros(len(positions), dtype=torch.float64)
+    kept = queries.new_zeros(len(positions), dtype=torch.float64)
     for block, (factor, combine, square) in enumerate(_block_factors(queries, mixing)):
         y = rows[positions, block].double()
         if scales is not None:
@@ -185,19 +201,21 @@ def _precise_scores(
         t = factor @ y.T
         numerators.addmm_(combine, t)
         query_squares += square
-        row_squares += (
-            t.square().sum(0)
-            if _many(queries)
-            else (y.square().sum(1) - _coupling(queries, mixing) * t.square().sum(0))
-        )
+        squares = y.square().sum(1)
+        kept += squares
+        row_squares += t.square().sum(0) if many else squares - _coupling(queries, mixing) * t.square().sum(0)
+    if squared_norms is not None:
+        row_squares += (squared_norms.double().sum(1) - kept).clamp_min(0)
     return (numerators * _inverse_root(query_squares)[:, None] * _inverse_root(row_squares)).float()
 
 
 # ---- Tensors as csrc takes them ----------------------------------------------------------------------------
 
 
-def _readable(rows: torch.Tensor) -> torch.Tensor:
-    """The rows (N, L, d), copied unless each of them is dense."""
+def _readable(rows: torch.Tensor, d: int) -> torch.Tensor:
+    """The rows (N, L, d), copied unless each of them is dense floats."""
+    if rows.dtype in NARROW:
+        return unpack(rows, d).half()
     return rows if rows[0].is_contiguous() else rows.contiguous()
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from trackstar_kernels import _C
+from trackstar_kernels._codes import NARROW, unpack
 from trackstar_kernels.scoring import _cpu
 from trackstar_kernels.scoring._merge import merge_topk
 from trackstar_kernels.scoring._operands import exponents, operand
@@ -23,11 +24,11 @@ def score_topk(
     largest: bool,
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, d), scales (N, L) or None.
+    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None.
 
-    Rows may also be bfloat16, or int8 codes.
+    Rows may also be bfloat16.
     """
-    queries, rows = queries.contiguous(), _readable(rows)
+    queries, rows = queries.contiguous(), _readable(rows, queries.shape[2])
     Q, N = len(queries), len(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
     columns = _columns(Q)
@@ -48,30 +49,35 @@ def score_topk(
     return scores, indices.add_(start)
 
 
-def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def prepare_task(
+    queries: torch.Tensor, mixing: float, asked: slice
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return (_cpu.CosineTask(queries, score_topk) if mixing == 0 else _MixedTask(queries, mixing)).topk
+    if mixing == 0:
+        return _cpu.CosineTask(queries[asked], score_topk).topk
+    return _MixedTask(queries, mixing, asked).topk
 
 
 class _MixedTask:
     """λ > 0: the inverse Hessian's factors."""
 
-    def __init__(self, queries: torch.Tensor, mixing: float) -> None:
-        self.queries, self.mixing = queries, mixing
+    def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
+        self.queries, self.mixing, self.asked = queries, mixing, asked
         Q, L, d = queries.shape
         self.many = _cpu._many(queries)
         self.rank = d if self.many else Q
-        self.columns = _columns(max(Q, self.rank))
+        self.count = len(queries[asked])
+        self.columns = _columns(max(self.count, self.rank))
         self.factors = queries.new_empty(self.rank, L, d)
-        combine = queries.new_zeros(Q, L, -(-self.rank // self.columns) * self.columns)
+        combine = queries.new_zeros(self.count, L, -(-self.rank // self.columns) * self.columns)
         squares = queries.new_zeros(Q, dtype=torch.float64)
         for block, (factor, combined, square) in enumerate(_cpu._block_factors(queries, mixing)):
             self.factors[:, block] = factor
-            combine[:, block, : self.rank] = combined
+            combine[:, block, : self.rank] = combined[asked]
             squares += square
-        combine *= _cpu._inverse_root(squares)[:, None, None]
+        combine *= _cpu._inverse_root(squares[asked])[:, None, None]
         # Of every eight numbers a lane has two neighbours, and those with even index come first.
-        combine = combine.unflatten(2, (-1, 4, 2)).mT.reshape(Q, -1, self.columns)
+        combine = combine.unflatten(2, (-1, 4, 2)).mT.reshape(self.count, -1, self.columns)
         self.combine = operand(combine, torch.float32, self.columns)
 
     def topk(
@@ -83,34 +89,38 @@ class _MixedTask:
         largest: bool,
         start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, squared_norms = _readable(rows), squared_norms.contiguous()
-        scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-        Q, N, device = len(self.queries), len(rows), rows.device
-        powers = exponents(self.factors.transpose(0, 1).reshape(1, rows.shape[1], -1), rows.dtype)
-        factors, undo = operand(self.factors * powers[:, :, None], rows.dtype, self.columns), 1 / powers
-        survivors, keys = _survivors(Q, k, N, self.columns, largest, device)
-        doubtful = torch.empty(N, dtype=torch.bool, device=device)
-        with _queue(device) as stream:
-            _C.cuda_mixed_topk(
-                rows=_rows_at(rows, scales),
-                factors=factors.data_ptr(),
-                combine=self.combine.data_ptr(),
-                factor_scales=undo.data_ptr(),
-                squared_norms=squared_norms.data_ptr(),
-                rank=self.rank,
-                base=0.0 if self.many else 1.0,
-                sign=1.0 if self.many else -_cpu._coupling(self.queries, self.mixing),
-                trusted=_cpu.TRUSTED_SQUARE if self.many else _cpu.TRUSTED_DIFFERENCE,
-                doubtful=doubtful.data_ptr(),
-                columns=self.columns,
-                survivors=survivors,
-                stream=stream,
-            )
+        Q, L, d = self.queries.shape
+        N, narrow = len(rows), rows.dtype in NARROW
+        rows, squared_norms = _readable(rows, d), squared_norms.contiguous()
+        scales = None if scales is None else scales.expand(N, L).contiguous()
+        survivors, keys = _survivors(self.count, k, N, self.columns, largest, rows.device)
+        doubtful = torch.ones(N, dtype=torch.bool, device=rows.device)
+        if not (narrow and self.many):
+            powers = exponents(self.factors.transpose(0, 1).reshape(1, L, -1), rows.dtype)
+            factors, undo = operand(self.factors * powers[:, :, None], rows.dtype, self.columns), 1 / powers
+            with _queue(rows.device) as stream:
+                _C.cuda_mixed_topk(
+                    rows=_rows_at(rows, scales),
+                    factors=factors.data_ptr(),
+                    combine=self.combine.data_ptr(),
+                    factor_scales=undo.data_ptr(),
+                    squared_norms=squared_norms.data_ptr(),
+                    rank=self.rank,
+                    base=0.0 if self.many else 1.0,
+                    sign=1.0 if self.many else -_cpu._coupling(self.queries, self.mixing),
+                    trusted=_cpu.TRUSTED_SQUARE if self.many else _cpu.TRUSTED_DIFFERENCE,
+                    doubtful=doubtful.data_ptr(),
+                    columns=self.columns,
+                    survivors=survivors,
+                    stream=stream,
+                )
         redo = doubtful.nonzero()[:, 0]
         scores, indices = best(keys, min(k, N - len(redo)), largest)
-        d = self.queries.shape[2]
         for positions in redo.split(max(1, _cpu.SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
-            precise = _cpu._precise_scores(self.queries, rows, scales, self.mixing, positions)
+            known = squared_norms[positions] if narrow else None
+            precise = _cpu._precise_scores(self.queries, rows, scales, self.mixing, positions, known)[
+                self.asked
+            ]
             parts = [(scores, indices), (precise, positions.expand_as(precise))]
             scores, indices = merge_topk(parts, k, largest)
         return scores, indices.add_(start)
@@ -134,8 +144,9 @@ def _columns(vectors: int) -> int:
     return 16 if vectors <= 16 else 64
 
 
-def _readable(rows: torch.Tensor) -> torch.Tensor:
-    """The rows (N, L, d), copied unless each of them is dense."""
+def _readable(rows: torch.Tensor, d: int) -> torch.Tensor:
+    """The rows (N, L, d), copied unless each of them is dense; codes of less than a byte as int8."""
+    rows = unpack(rows, d)
     return rows if rows[0].is_contiguous() else rows.contiguous()
 
 

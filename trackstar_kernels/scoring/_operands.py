@@ -65,4 +65,6 @@ def exponents(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if PLANES[dtype][0] != torch.float16:
         return torch.ones_like(largest)
     _, exponent = torch.frexp(largest)
-    return torch.where(largest == 0, 1, torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126)))
+    return torch.where(
+        largest == 0, 1, torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126))
+    )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from trackstar_kernels._codes import NARROW, decode_rows
 from trackstar_kernels.scoring._merge import merge_topk
 
 
@@ -15,8 +16,8 @@ def score_topk(
     largest: bool,
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, d), scales (N, L) or None."""
-    rows = dequantize(rows, scales, queries.dtype)
+    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L) or None."""
+    rows = decode_rows(rows, scales, queries.shape[2], queries.dtype)
     return _topk(queries.flatten(1) @ rows.flatten(1).T, k, largest, start)
 
 
@@ -30,9 +31,10 @@ def mixed_topk(
     largest: bool,
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.mixed_topk`. Takes the rows' norms from the rows."""
-    rows = dequantize(rows, scales, queries.dtype)
+    """See :func:`trackstar_kernels.mixed_topk`. Takes the norms of float rows from the rows."""
     Q, _, d = queries.shape
+    narrow = rows.dtype in NARROW
+    rows = decode_rows(rows, scales, d, queries.dtype)
     x, y = queries.transpose(0, 1), rows.transpose(0, 1)  # (L, Q, d), (L, N, d)
     hessian = mixing * x.mT @ x / Q + (1 - mixing) * torch.eye(d, dtype=x.dtype, device=x.device)
     # Not torch.linalg.solve: on several threads, torch 2.13's fails for batches of large matrices.
@@ -41,12 +43,17 @@ def mixed_topk(
     solved_y = torch.cholesky_solve(y.mT, cholesky).mT
     numerator = torch.einsum("lqd,lnd->qn", solved_x, y)
     x_norms = (solved_x * x).sum((0, 2)).sqrt()
-    y_norms = (solved_y * y).sum((0, 2)).sqrt()
-    norms = x_norms[:, None] * y_norms
+    y_squares = (solved_y * y).sum((0, 2))
+    if narrow:
+        lost = (squared_norms.to(y.dtype) - rows.square().sum(2)).sum(1)
+        y_squares += lost.clamp_min(0) / (1 - mixing)
+    norms = x_norms[:, None] * y_squares.sqrt()
     return _topk(torch.where(norms == 0, 0, numerator / norms), k, largest, start)
 
 
-def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def prepare_task(
+    queries: torch.Tensor, mixing: float, asked: slice
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Nothing is prepared: every call computes everything."""
 
     def run(
@@ -57,15 +64,10 @@ def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[to
         largest: bool,
         start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start)
+        scores, indices = mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start)
+        return scores[asked], indices[asked]
 
     return run
-
-
-def dequantize(rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Rows (N, L, d) in ``dtype``, times scales (N, L), (N, 1) or None."""
-    rows = rows.to(dtype)
-    return rows if scales is None else rows * scales[:, :, None].to(dtype)
 
 
 def _topk(scores: torch.Tensor, k: int, largest: bool, start: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,15 @@
 // csrc/cuda/device.cuh on a CPU.
 #pragma once
 
-#include "simt.h"
+#include "language.h"
 
 namespace trackstar::cuda {
 
 inline unsigned char* shared_memory() { return simt::block()->shared; }
 
 inline void require_unit(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) throw std::runtime_error("address is not a multiple of 16");
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    throw std::runtime_error("address is not a multiple of 16");
 }
 
 // The destination is poisoned until the wait, where the bytes land: who reads without waiting reads NaN, and who
@@ -81,7 +82,9 @@ struct Bfloat16 {
 };
 struct Tf32 {
   static constexpr int kBytes = 4;
-  static float widen(uint32_t bits) { return __uint_as_float(bits & 0xFFFFE000u); }  // the hardware looks no further
+  static float widen(uint32_t bits) {
+    return __uint_as_float(bits & 0xFFFFE000u);
+  }  // the hardware looks no further
 };
 
 struct Product {

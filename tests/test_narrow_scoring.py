@@ -1,0 +1,199 @@
+"""score_topk and mixed_topk on int8, int4 and sign rows, which stand for scale · code."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_scoring import (
+    BACKENDS,
+    check_topk,
+    exact_mixed,
+    exact_scores,
+    float32_tolerance,
+    on_backend,
+    randn,
+    threads,
+)
+
+import trackstar_kernels as tk
+from trackstar_kernels import _C
+
+narrow = pytest.mark.parametrize("dtype", ["int8", "int4", "sign"])
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with on_backend(request.param) as name:
+        yield name
+
+
+def encoded(N, L, d, dtype, seed=1):
+    """Codes, scales and squared norms of random rows."""
+    return tk.encode_rows(randn(N, L, d, seed=seed), None, dtype)
+
+
+def decoded_scores(queries, codes, scales):
+    """Exact scores (Q, N) and what float32 may miss them by."""
+    rows = tk.decode_rows(codes, scales, queries.shape[2])
+    numbers = tk.decode_rows(codes, None, queries.shape[2])
+    return exact_scores(queries, numbers, scales), float32_tolerance(queries, rows)
+
+
+@narrow
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("Q", [1, 3, 4, 5, 16, 33])
+def test_score_topk_is_exact(backend, dtype, largest, Q):
+    queries = randn(Q, 3, 97)
+    codes, scales, _ = encoded(157, 3, 97, dtype)
+    result = tk.score_topk(queries, codes, 7, scales=scales, largest=largest, start=9, backend=backend)
+    exact, tolerance = decoded_scores(queries, codes, scales)
+    check_topk(result, exact, 7, largest, tolerance, start=9)
+
+
+@narrow
+@pytest.mark.parametrize("shape", ["none", "rows", "flat"])
+def test_scales_and_shapes(backend, dtype, shape):
+    """No scales, a scale for each row, and queries without blocks."""
+    d = 71
+    queries = randn(6, 2, d)
+    codes, scales, _ = encoded(60, 2, d, dtype)
+    given_scales = {"none": None, "rows": scales[:, 0], "flat": scales[:, 0]}[shape]
+    if shape == "flat":
+        queries, codes = queries[:, :1], codes[:, :1]
+        result = tk.score_topk(queries[:, 0], codes[:, 0], 9, scales=given_scales, backend=backend)
+    else:
+        result = tk.score_topk(queries, codes, 9, scales=given_scales, backend=backend)
+    ones = torch.ones(60, codes.shape[1])
+    exact, tolerance = decoded_scores(queries, codes, ones if given_scales is None else ones * scales[:, :1])
+    check_topk(result, exact, 9, True, tolerance)
+
+
+@given(
+    dtype=st.sampled_from(["int8", "int4", "sign"]),
+    Q=st.sampled_from([1, 2, 4, 5, 8, 17, 31, 40]),
+    N=st.integers(1, 120),
+    L=st.integers(1, 3),
+    d=st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 64, 97, 255, 256, 257, 521, 2053]),
+    largest=st.booleans(),
+    scaled=st.booleans(),
+    part=st.floats(0, 1),
+    isa=st.sampled_from(_C.available_isas()),
+)
+def test_odd_shapes(dtype, Q, N, L, d, largest, scaled, part, isa):
+    k = max(1, round(part * N))
+    queries = randn(Q, L, d)
+    codes, scales, _ = encoded(N, L, d, dtype)
+    scales = scales if scaled else None
+    with on_backend(f"cpu:{isa}"):
+        result = tk.score_topk(queries, codes, k, scales=scales, largest=largest)
+    exact, tolerance = decoded_scores(queries, codes, scales)
+    check_topk(result, exact, k, largest, tolerance)
+
+
+def codes_of_every_value(dtype):
+    """One row for each value of a single code."""
+    if dtype == "int8":
+        return torch.arange(-127, 128, dtype=torch.int8)[:, None, None], torch.arange(-127, 128)
+    if dtype == "int4":
+        low, high = torch.meshgrid(torch.arange(-7, 8), torch.arange(-7, 8), indexing="ij")
+        return ((low & 15) | (high & 15) << 4).to(torch.uint8).reshape(
+            -1, 1, 1
+        ), low.flatten() + 100 * high.flatten()
+    words = torch.arange(2**8, dtype=torch.int32)
+    return words[:, None, None], sum((1 - 2 * (words >> i & 1)) * 2**i for i in range(8))
+
+
+@narrow
+@pytest.mark.parametrize("Q", [1, 6])
+def test_every_code(backend, dtype, Q):
+    codes, values = codes_of_every_value(dtype)
+    weights = {"int8": [1.0], "int4": [1.0, 100.0], "sign": [2.0**i for i in range(8)]}[dtype]
+    queries = torch.tensor(weights).expand(Q, 1, -1)
+    scores, indices = tk.score_topk(queries, codes, len(codes), backend=backend)
+    assert torch.equal(torch.empty_like(scores).scatter(1, indices, scores), values.float().expand(Q, -1))
+
+
+@narrow
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("Q", [1, 20])
+@pytest.mark.parametrize("threads_", [1, 3])
+def test_ties_go_to_the_smaller_index(backend, dtype, largest, Q, threads_):
+    """Many equal rows, and rows of zeros with either sign."""
+    codes, scales, _ = tk.encode_rows(torch.ones(1000, 1, 16), None, dtype)
+    values = torch.tensor([0.0, -1.0, 2.0])[torch.arange(1000) % 3]
+    scales = scales * values[:, None]
+    scales[3] = -0.0
+    with threads(threads_):
+        _, indices = tk.score_topk(
+            torch.ones(Q, 1, 16), codes, 700, scales=scales, largest=largest, backend=backend
+        )
+    assert torch.equal(indices, values.argsort(stable=True, descending=largest)[:700].expand(Q, -1))
+
+
+@narrow
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("Q", [1, 20])
+@pytest.mark.parametrize("numbers", [50, 700])
+def test_nan_scales_come_last(backend, dtype, largest, Q, numbers):
+    """After every number, even infinity on the wrong side; among themselves by index."""
+    N = 900
+    queries = randn(Q, 1, 24).abs()
+    codes = tk.encode_rows(torch.ones(N, 1, 24), None, dtype)[0]
+    scales = torch.full((N, 1), torch.nan)
+    good = torch.randperm(N, generator=torch.Generator().manual_seed(3))[:numbers]
+    scales[good] = randn(numbers, 1, seed=1)
+    worst = good.min()
+    scales[worst] = -torch.inf if largest else torch.inf
+    scores, indices = tk.score_topk(queries, codes, 300, scales=scales, largest=largest, backend=backend)
+    shown = min(numbers, 300)
+    assert not scores[:, :shown].isnan().any() and scores[:, shown:].isnan().all()
+    if numbers < 300:
+        assert (indices[:, numbers - 1] == worst).all()
+        mask = torch.ones(N, dtype=torch.bool)
+        mask[good] = False
+        assert torch.equal(indices[:, numbers:], mask.nonzero()[: 300 - numbers, 0].expand(Q, -1))
+
+
+# ---- mixed_topk --------------------------------------------------------------------------------------------
+
+
+def check_mixed(queries, codes, scales, norms, mixing, k, backend="cpu", largest=True):
+    result = tk.mixed_topk(
+        queries, codes, norms, k, mixing, scales=scales, largest=largest, start=5, backend=backend
+    )
+    exact = exact_mixed(queries, codes, mixing, scales, norms)
+    check_topk(result, exact, k, largest, torch.full_like(exact, 1e-5), start=5)
+    return result
+
+
+@narrow
+@pytest.mark.parametrize("mixing", [0, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("Q", [1, 5, 13, 16, 40])
+def test_mixed_topk_is_the_dense_definition(backend, dtype, mixing, Q):
+    """Fewer queries than block dimensions, as many, and more."""
+    queries = randn(Q, 3, 16)
+    codes, scales, norms = encoded(211, 3, 16, dtype)
+    check_mixed(queries, codes, scales, norms, mixing, 11, backend, largest=Q % 2 == 0)
+
+
+@narrow
+@pytest.mark.parametrize("mixing", [0, 0.5, 0.99])
+@pytest.mark.parametrize("Q", [1, 20, 64])
+def test_mixed_rows_that_are_queries(dtype, mixing, Q):
+    """Where the norm cancels to what narrowing took from the row."""
+    rows = 30 * Q**0.5 * randn(150, 2, 48, seed=1) / 96**0.5
+    codes, scales, norms = tk.encode_rows(rows, None, dtype)
+    check_mixed(rows[:Q], codes, scales, norms, mixing, 150)
+
+
+@narrow
+@pytest.mark.parametrize("mixing", [0, 0.9])
+def test_mixed_zeros_score_zero(backend, dtype, mixing):
+    queries, rows = randn(3, 2, 16), randn(10, 2, 16, seed=1)
+    queries[1] = 0
+    rows[4] = 0
+    codes, scales, norms = tk.encode_rows(rows, None, dtype)
+    scores, indices = tk.mixed_topk(queries, codes, norms, 10, mixing, scales=scales, backend=backend)
+    found = torch.empty_like(scores).scatter(1, indices, scores)
+    assert (found[1] == 0).all() and (found[:, 4] == 0).all()
+    assert (found[0].abs() > 0).sum() == 9
