@@ -89,6 +89,10 @@ __device__ inline float from_float16(uint16_t bits) {
 // ---- Launches ----------------------------------------------------------------------------------------------
 
 inline void check(cudaError_t error) {
+  if (error == cudaErrorInsufficientDriver) {
+    throw std::runtime_error(
+        "CUDA: there is no NVIDIA driver, or one that is older than the CUDA runtime built in");
+  }
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 

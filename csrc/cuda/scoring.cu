@@ -16,6 +16,7 @@ bool aligned(const Rows& rows) {
 }
 
 dim3 grid(const Rows& rows, int columns, const Survivors& survivors) {
+  if (rows.N >= UINT32_MAX) throw std::invalid_argument("N must be less than 2^32 - 1");
   if (!fits(survivors, rows.N)) throw std::invalid_argument("survivors have not enough room");
   return {static_cast<unsigned>((survivors.Q + columns - 1) / columns),
           static_cast<unsigned>(survivors.slices), 1};
