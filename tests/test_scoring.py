@@ -356,7 +356,7 @@ def test_mixed_with_large_blocks(n, Q):
 @pytest.mark.parametrize("largest", [True, False])
 def test_rows_that_need_float64(k, largest, monkeypatch):
     """Sixty of seventy rows lie in the span of the queries; a few at a time are computed again."""
-    monkeypatch.setattr("trackstar_kernels.scoring._cpu.SCRATCH", 2**13)
+    monkeypatch.setattr("trackstar_kernels.scoring._hessian.SCRATCH", 2**13)
     queries, rows = 30 * randn(5, 2, 16), randn(70, 2, 16, seed=1)
     rows[5:65] = torch.einsum("nq,qld->nld", randn(60, 5, seed=2), queries)
     check_mixed(queries, rows, 0.9, k=k, largest=largest)

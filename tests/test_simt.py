@@ -91,8 +91,8 @@ MISTAKES = {
     "one tile too few": ("scoring.cuh", "at.tile >= tiles", "at.tile >= tiles - 1", ()),
     "a step's end from the next block": (
         "scoring.cuh",
-        "            rows.d - begin);",
-        "            Format<type>::kDepth);",
+        "rows.d - begin);",
+        "Format<type>::kDepth);",
         ("-fsanitize=address",),
     ),
     "ties to the larger index": ("survivors.cuh", "| ~position", "| position", ()),

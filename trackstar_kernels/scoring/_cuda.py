@@ -7,8 +7,7 @@ import torch
 
 from trackstar_kernels import _C
 from trackstar_kernels._codes import NARROW, unpack
-from trackstar_kernels.scoring import _cpu
-from trackstar_kernels.scoring._merge import merge_topk
+from trackstar_kernels.scoring._hessian import CosineTask, Hessian, inverse_root
 from trackstar_kernels.scoring._operands import exponents, operand
 
 TILE_ROWS = 128
@@ -54,7 +53,7 @@ def prepare_task(
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
     if mixing == 0:
-        return _cpu.CosineTask(queries[asked], score_topk).topk
+        return CosineTask(queries[asked], score_topk).topk
     return _MixedTask(queries, mixing, asked).topk
 
 
@@ -62,23 +61,22 @@ class _MixedTask:
     """λ > 0: the inverse Hessian's factors."""
 
     def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
-        self.queries, self.mixing, self.asked = queries, mixing, asked
+        self.hessian = Hessian(queries, mixing, asked)
         Q, L, d = queries.shape
-        self.many = _cpu._many(queries)
-        self.rank = d if self.many else Q
-        self.count = len(queries[asked])
-        self.columns = _columns(max(self.count, self.rank))
-        self.factors = queries.new_empty(self.rank, L, d)
-        combine = queries.new_zeros(self.count, L, -(-self.rank // self.columns) * self.columns)
+        rank, self.count = self.hessian.rank, len(queries[asked])
+        self.columns = _columns(max(self.count, rank))
+        self.factors = queries.new_empty(rank, L, d)
+        combine = queries.new_zeros(self.count, L, -(-rank // self.columns) * self.columns)
         squares = queries.new_zeros(Q, dtype=torch.float64)
-        for block, (factor, combined, square) in enumerate(_cpu._block_factors(queries, mixing)):
+        for block, (factor, combined, square) in enumerate(self.hessian.blocks()):
             self.factors[:, block] = factor
-            combine[:, block, : self.rank] = combined[asked]
+            combine[:, block, :rank] = combined[asked]
             squares += square
-        combine *= _cpu._inverse_root(squares[asked])[:, None, None]
+        combine *= inverse_root(squares[asked])[:, None, None]
         # Of every eight numbers a lane has two neighbours, and those with even index come first.
         combine = combine.unflatten(2, (-1, 4, 2)).mT.reshape(self.count, -1, self.columns)
         self.combine = operand(combine, torch.float32, self.columns)
+        self.packed: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def topk(
         self,
@@ -89,15 +87,14 @@ class _MixedTask:
         largest: bool,
         start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        Q, L, d = self.queries.shape
-        N, narrow = len(rows), rows.dtype in NARROW
+        hessian, narrow = self.hessian, rows.dtype in NARROW
+        N, (_, L, d) = len(rows), hessian.queries.shape
         rows, squared_norms = _readable(rows, d), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(N, L).contiguous()
         survivors, keys = _survivors(self.count, k, N, self.columns, largest, rows.device)
         doubtful = torch.ones(N, dtype=torch.bool, device=rows.device)
-        if not (narrow and self.many):
-            powers = exponents(self.factors.transpose(0, 1).reshape(1, L, -1), rows.dtype)
-            factors, undo = operand(self.factors * powers[:, :, None], rows.dtype, self.columns), 1 / powers
+        if not (narrow and hessian.many):
+            factors, undo = self._factors_for(rows.dtype)
             with _queue(rows.device) as stream:
                 _C.cuda_mixed_topk(
                     rows=_rows_at(rows, scales),
@@ -105,25 +102,28 @@ class _MixedTask:
                     combine=self.combine.data_ptr(),
                     factor_scales=undo.data_ptr(),
                     squared_norms=squared_norms.data_ptr(),
-                    rank=self.rank,
-                    base=0.0 if self.many else 1.0,
-                    sign=1.0 if self.many else -_cpu._coupling(self.queries, self.mixing),
-                    trusted=_cpu.TRUSTED_SQUARE if self.many else _cpu.TRUSTED_DIFFERENCE,
+                    rank=hessian.rank,
+                    base=hessian.base,
+                    sign=hessian.sign,
+                    trusted=hessian.trusted,
                     doubtful=doubtful.data_ptr(),
                     columns=self.columns,
                     survivors=survivors,
                     stream=stream,
                 )
-        redo = doubtful.nonzero()[:, 0]
-        scores, indices = best(keys, min(k, N - len(redo)), largest)
-        for positions in redo.split(max(1, _cpu.SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
-            known = squared_norms[positions] if narrow else None
-            precise = _cpu._precise_scores(self.queries, rows, scales, self.mixing, positions, known)[
-                self.asked
-            ]
-            parts = [(scores, indices), (precise, positions.expand_as(precise))]
-            scores, indices = merge_topk(parts, k, largest)
+        known = squared_norms if narrow else None
+        found = best(keys, k, largest)
+        scores, indices = hessian.rescored(found, doubtful, rows, scales, known, k, largest)
         return scores, indices.add_(start)
+
+    def _factors_for(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors as an operand for rows of ``dtype``, and what each block's are to be multiplied with."""
+        if dtype not in self.packed:
+            _, L, _ = self.factors.shape
+            powers = exponents(self.factors.transpose(0, 1).reshape(1, L, -1), dtype)
+            packed = operand(self.factors * powers[:, :, None], dtype, self.columns)
+            self.packed[dtype] = packed, 1 / powers
+        return self.packed[dtype]
 
 
 def best(keys: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
