@@ -157,7 +157,7 @@ def test_numbers_that_are_not_finite(dtype, Q):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("mixing", [0, 0.3, 0.99])
+@pytest.mark.parametrize("mixing", [0, 0.9])
 @pytest.mark.parametrize(("Q", "d"), [(1, 16), (5, 16), (14, 16), (40, 16), (30, 72), (70, 90), (100, 40)])
 def test_mixed_topk_is_the_dense_definition(dtype, mixing, Q, d):
     """Few queries and many, in one part and several, of one group and several."""

@@ -14,19 +14,19 @@ from trackstar_kernels import scoring
 def check(program):
     """Several tiles and slices, survivors that are weeded out, more steps than stages, ties, both ops."""
     with cuda_runs(program, scoring.BACKENDS, multiprocessors=1):
-        queries, rows = randn(3, 340), randn(700, 340, seed=1, dtype=torch.float16)
-        rows[350:] = rows[:350]
+        queries, rows = randn(3, 140), randn(390, 140, seed=1, dtype=torch.float16)
+        rows[195:] = rows[:195]
         result = tk.score_topk(queries, rows, 9, backend="cuda")
         exact = exact_scores(queries, rows)
         check_topk(result, exact, 9, True, torch.full_like(exact, 1e-4))
-        assert (result[1][:, 1::2] == result[1][:, :-1:2] + 350).all()
+        assert (result[1][:, 1::2] == result[1][:, :-1:2] + 195).all()
         # Scores that are all worse than those of rows of zeros, which fill the last tile.
         queries, rows = queries.abs(), -rows[:140].abs()
         exact = exact_scores(queries, rows)
         result = tk.score_topk(queries, rows, 140, backend="cuda")
         check_topk(result, exact, 140, True, torch.full_like(exact, 1e-3))
-        check_mixed(randn(20, 2, 40), randn(400, 2, 40, seed=1), 0.9, k=5, backend="cuda")
-        check_mixed(randn(3, 2, 40), randn(200, 2, 40, seed=1), 0.9, k=5, backend="cuda")
+        check_mixed(randn(20, 2, 40), randn(150, 2, 40, seed=1), 0.9, k=5, backend="cuda")
+        check_mixed(randn(3, 2, 40), randn(150, 2, 40, seed=1), 0.9, k=5, backend="cuda")
 
 
 SANITIZERS = {
@@ -57,7 +57,7 @@ def plain(tmp_path_factory):
     return build(tmp_path_factory.mktemp("plain") / "driver", "-O1")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_order(plain, seed):
     check(Program(plain, SIMT_SEED=str(seed)))
 
