@@ -14,12 +14,12 @@ from trackstar_kernels import scoring
 def check(program):
     """Several tiles and slices, survivors that are weeded out, more steps than stages, ties, both ops."""
     with cuda_runs(program, scoring.BACKENDS, multiprocessors=1):
-        queries, rows = randn(3, 140), randn(390, 140, seed=1, dtype=torch.float16)
-        rows[195:] = rows[:195]
+        queries, rows = randn(3, 140), randn(700, 140, seed=1, dtype=torch.float16)
+        rows[350:] = rows[:350]
         result = tk.score_topk(queries, rows, 9, backend="cuda")
         exact = exact_scores(queries, rows)
         check_topk(result, exact, 9, True, torch.full_like(exact, 1e-4))
-        assert (result[1][:, 1::2] == result[1][:, :-1:2] + 195).all()
+        assert (result[1][:, 1::2] == result[1][:, :-1:2] + 350).all()
         # Scores that are all worse than those of rows of zeros, which fill the last tile.
         queries, rows = queries.abs(), -rows[:140].abs()
         exact = exact_scores(queries, rows)

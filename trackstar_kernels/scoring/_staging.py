@@ -38,17 +38,22 @@ class Link(Protocol):
 
 
 class CudaLink:
-    """The way to a CUDA device. What is done with copies is queued on the current stream of the calling thread."""
+    """The way to a CUDA device, for work on the stream that is current now."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.copies = torch.cuda.Stream(device)
+        self.uses = torch.cuda.current_stream(device)
 
     def pinned(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def room(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        # Memory that other streams may still be reading is not to be had this way, nor is this one given to others
+        # while it is read.
+        with torch.cuda.stream(self.copies):
+            room = torch.empty(size, dtype=torch.uint8, device=self.copies.device)
+        room.record_stream(self.uses)
+        return room
 
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()
@@ -62,10 +67,10 @@ class CudaLink:
             then.record(self.copies)
 
     def wait(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(event)
+        self.uses.wait_event(event)
 
     def mark(self, event: torch.cuda.Event) -> None:
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(self.uses)
 
 
 class _Buffer:
@@ -119,8 +124,8 @@ def staged(
         link: the way there, if not CUDA's.
 
     Yields:
-        The piece's tensors on the device, dense. Work on them may be queued on the current stream until the next
-        piece is asked for.
+        The piece's tensors on the device, dense. Work on them may be queued until the next piece is asked for, on
+        the stream that was current when the first one was.
     """
     link = CudaLink(device) if link is None else link
     coming, buffers = iter(pieces), [_Buffer(link), _Buffer(link)]
