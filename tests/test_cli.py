@@ -124,6 +124,26 @@ def test_many_queries_from_a_file(folder, store, monkeypatch, capsys, tmp_path):
     assert out.count("proponents, λ = 0.500") == 2
 
 
+def test_a_query_of_part_of_the_store(folder, store, monkeypatch, capsys, tmp_path):
+    (tmp_path / "ids").write_text("fact-3\nfact-4\nfact-5\nfact-17\n")
+    question = ("--model", folder / "model", "--prompt", "the capital of Peru is", "--target", "Lima")
+    for options, count in (
+        (("--rows", "2:5"), 3),
+        (("--rows", "15:"), 3),
+        (("--ids", tmp_path / "ids", "--rows", ":5"), 2),
+        (("--where", "id=fact-1?", "--where", "id=*[02468]", "--memory", "64MB"), 4),
+    ):
+        arguments = ("query", store, *question, *options, "--out", tmp_path / "o.jsonl", "-k", count)
+        assert call_main(monkeypatch, capsys, *arguments)[0] == 0
+        line = json.loads((tmp_path / "o.jsonl").read_text())
+        assert len(line["proponents"]) == count
+        code, _, err = call_main(monkeypatch, capsys, *arguments[:-1], count + 1)
+        assert code == 1
+        assert err.endswith(
+            f"k must be an int from 1 to {count} (the examples that where leaves), got {count + 1}\n"
+        )
+
+
 def test_info_and_verify(store, monkeypatch, capsys):
     code, out, _ = call_main(monkeypatch, capsys, "info", store)
     assert code == 0
@@ -234,6 +254,9 @@ def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message)
         ["query", "S", "--model", "M"],
         ["query", "S", "--model", "M", "--prompt", "a"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--mixing", "much"],
+        ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--rows", "3"],
+        ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--where", "wiki"],
+        ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--memory", "lots"],
         ["build", "--model", "M", "--data", "D", "--out", "S", "--dtype", "int3"],
         ["build", "--model", "M", "--data", "D", "--out", "S", "-k", "3"],
     ],

@@ -415,6 +415,27 @@ def test_a_prepared_task_gives_the_same_bits(backend, mixing, Q):
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
+@pytest.mark.parametrize("mixing", [0, 0.5])
+@pytest.mark.parametrize("Q", [9, 30])
+def test_queries_asked_in_batches_score_as_together(backend, mixing, Q):
+    """Fewer queries than dimensions and more; rows that are queries too, whose norms cancel, included."""
+    queries = randn(Q, 2, 16)
+    rows = torch.cat([randn(40, 2, 16, seed=1), queries[:3]])
+    norms = squared_norms(rows)
+    wanted = tk.mixed_topk(queries, rows, norms, 7, mixing, backend=backend)
+    batches = range(0, 5), range(5, 6), range(6, Q)
+    tasks = [prepare_task(queries, mixing, asked=batch, backend=backend) for batch in batches]
+    found = [torch.cat(halves) for halves in zip(*(task.topk(rows, norms, 7) for task in tasks), strict=True)]
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", [range(2, 2), range(0, 4), range(-1, 2), range(0, 3, 2)])
+def test_asked_queries_must_be_some_of_the_task(asked):
+    with pytest.raises(ValueError, match=r"asked must be a range within 0 to 3 \(the queries\), got range"):
+        prepare_task(randn(3, 2, 4), 0.5, asked=asked)
+
+
 def test_more_mixing_changes_the_answer():
     queries, rows = randn(8, 2, 16), randn(100, 2, 16, seed=1)
     plain, mixed = (exact_mixed(queries, rows, mixing) for mixing in (0.0, 0.9))

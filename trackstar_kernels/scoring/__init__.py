@@ -175,21 +175,28 @@ def _(
     return _empty_result(queries, k)
 
 
-def prepare_task(queries: torch.Tensor, mixing: float, *, backend: str | None = None) -> "Task":
+def prepare_task(
+    queries: torch.Tensor, mixing: float, *, asked: range | None = None, backend: str | None = None
+) -> "Task":
     """What :func:`mixed_topk` has to compute of its queries alone, once for any number of calls.
 
     Args:
         queries: (Q, L, d) float32, finite, whitened. Not to be changed while the task is in use.
         mixing: λ, 0 ≤ λ < 1.
+        asked: positions of the queries that are scored, consecutive; None for all. The others shape R_task alike, so
+            that batches of a task's queries have the scores that they have together.
         backend: None, "cpu" or "reference".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: the shape, mixing or the backend is wrong, or queries are not finite.
+        ValueError: the shape, mixing, asked or the backend is wrong, or queries are not finite.
     """
     _check_task(queries, mixing)
+    asked = range(len(queries)) if asked is None else asked
+    if not (0 <= asked.start < asked.stop <= len(queries) and asked.step == 1):
+        raise ValueError(f"asked must be a range within 0 to {len(queries)} (the queries), got {asked}")
     with torch.no_grad():
-        return Task(queries, _prepare(queries, float(mixing), backend))
+        return Task(queries, _prepare(queries, float(mixing), backend, slice(asked.start, asked.stop)))
 
 
 class Task:
@@ -219,12 +226,12 @@ class Task:
 
 
 def _prepare(
-    queries: torch.Tensor, mixing: float, backend: str | None
+    queries: torch.Tensor, mixing: float, backend: str | None, asked: slice = slice(None)
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The task as a function of (rows, squared_norms, k, scales, largest, start)."""
     _check_finite(queries)
     prepare = implementation(__name__, "mixed_topk", queries.device, backend, function="prepare_task")
-    return prepare(queries, mixing)
+    return prepare(queries, mixing, asked)
 
 
 def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,7 +240,8 @@ def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _check_finite(queries: torch.Tensor) -> None:
-    if not queries.isfinite().all():
+    # Part by part: what isfinite() takes in between is more than the queries themselves.
+    if not all(part.isfinite().all() for part in queries.split(64)):
         raise ValueError("queries must be finite, got NaN or infinity")
 
 

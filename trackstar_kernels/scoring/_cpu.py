@@ -38,9 +38,11 @@ def score_topk(
     return scores, indices.add_(start)
 
 
-def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def prepare_task(
+    queries: torch.Tensor, mixing: float, asked: slice
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return (_CosineTask(queries) if mixing == 0 else _MixedTask(queries, mixing)).topk
+    return (_CosineTask(queries[asked]) if mixing == 0 else _MixedTask(queries, mixing, asked)).topk
 
 
 class _CosineTask:
@@ -70,12 +72,12 @@ class _CosineTask:
 class _MixedTask:
     """λ > 0: the inverse Hessian's factors, laid out for the kernels."""
 
-    def __init__(self, queries: torch.Tensor, mixing: float) -> None:
-        self.queries, self.mixing = queries, mixing
+    def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
+        self.queries, self.mixing, self.asked = queries, mixing, asked
         Q, L, d = queries.shape
         many = _many(queries)
         self.panels = _C.Task(
-            Q=Q,
+            Q=len(queries[asked]),
             L=L,
             d=d,
             rank=d if many else Q,
@@ -85,10 +87,10 @@ class _MixedTask:
         )
         squares = torch.zeros(Q, dtype=torch.float64)
         for block, (factor, combine, square) in enumerate(_block_factors(queries, mixing)):
-            factor, combine = factor.float().contiguous(), combine.float().contiguous()
+            factor, combine = factor.float().contiguous(), combine[asked].float().contiguous()
             self.panels.set_block(b=block, factors=factor.data_ptr(), combine=combine.data_ptr())
             squares += square
-        weights = _inverse_root(squares).float()
+        weights = _inverse_root(squares[asked]).float()
         self.panels.set_weights(weights.data_ptr())
 
     def topk(
@@ -103,7 +105,7 @@ class _MixedTask:
         narrow = rows.dtype in NARROW
         rows, squared_norms = _readable(rows, self.queries.shape[2]), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-        scores, indices = _results(len(self.queries), k)
+        scores, indices = _results(len(self.queries[self.asked]), k)
         doubtful = torch.ones(len(rows), dtype=torch.bool)
         if not (narrow and _many(self.queries)):
             _C.mixed_topk(
@@ -120,7 +122,7 @@ class _MixedTask:
         Q, _, d = self.queries.shape
         for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
             known = squared_norms[positions] if narrow else None
-            precise = _precise_scores(self.queries, rows, scales, self.mixing, positions, known)
+            precise = _precise_scores(self.queries, rows, scales, self.mixing, positions, known)[self.asked]
             parts = [(scores, indices), (precise, positions.expand_as(precise))]
             scores, indices = merge_topk(parts, k, largest)
         return scores, indices.add_(start)
