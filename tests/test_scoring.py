@@ -16,7 +16,7 @@ NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
 BACKENDS = ["reference", *NATIVE, *CUDA]
 # Scores of torch.mm may change in their last bits with the shapes around them; the native kernels' may not.
 native_only = pytest.mark.parametrize("backend", NATIVE, indirect=True)
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @contextmanager
@@ -128,15 +128,15 @@ def test_scales_multiply_rows(backend, dtype, shape, Q):
     N=st.integers(1, 120),
     L=st.integers(1, 3),
     d=st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31, 97, 255, 256, 257, 521, 2053]),
-    half=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
     largest=st.booleans(),
     scaled=st.booleans(),
     part=st.floats(0, 1),
     isa=st.sampled_from(_C.available_isas()),
 )
-def test_odd_shapes(Q, N, L, d, half, largest, scaled, part, isa):
+def test_odd_shapes(Q, N, L, d, dtype, largest, scaled, part, isa):
     k = max(1, round(part * N))
-    queries, rows = randn(Q, L, d), randn(N, L, d, seed=1, dtype=DTYPES[half])
+    queries, rows = randn(Q, L, d), randn(N, L, d, seed=1, dtype=dtype)
     scales = randn(N, L, seed=2) if scaled else None
     before = _C.isa()
     _C.set_isa(isa)
@@ -226,12 +226,14 @@ def test_nan_rows_come_last(backend, largest, Q, numbers):
 
 
 @pytest.mark.parametrize("Q", [1, 6])
-def test_every_float16_value(backend, Q):
-    """Subnormals, zeros and infinities widen exactly; NaNs stay NaNs."""
-    rows = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)[:, None]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_widens_exactly(backend, Q, dtype):
+    """Subnormals, zeros and infinities too; NaNs stay NaNs."""
+    rows = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
     scores, indices = tk.score_topk(torch.ones(Q, 1), rows, 2**16, backend=backend)
     found = torch.empty_like(scores).scatter(1, indices, scores)
-    assert torch.equal(found.nan_to_num(7e4), rows.T.float().nan_to_num(7e4).expand(Q, -1))
+    assert torch.equal(found.isnan(), rows.T.isnan().expand(Q, -1))
+    assert torch.equal(found.nan_to_num(), rows.T.float().nan_to_num().expand(Q, -1))
 
 
 @native_only

@@ -37,7 +37,7 @@ def score_topk(
 
     Args:
         queries: (Q, D) or (Q, L, d) float32, finite.
-        rows: (N, D) or (N, L, d) float32 or float16, or int8, int4 or sign codes of :func:`encode_rows`, whose
+        rows: (N, D) or (N, L, d) float32, float16 or bfloat16, or int8, int4 or sign codes of :func:`encode_rows`, whose
             dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
         k: results per query, 1 ≤ k ≤ N.
         scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with queries of
@@ -277,7 +277,7 @@ def _check_inputs(
     """Check what the two ops share; returns N."""
     check_shape("queries", check_tensor("queries", queries), ("Q", "D"), ("Q", "L", "d"))
     check_dtype("queries", queries, torch.float32)
-    check_dtype("rows", check_tensor("rows", rows), *DTYPES.values())
+    check_dtype("rows", check_tensor("rows", rows), torch.bfloat16, *DTYPES.values())
     check_shape("rows", rows, ("N", *queries.shape[1:-1], code_size(queries.shape[-1], rows.dtype)))
     N = len(rows)
     if min(*queries.shape, *rows.shape) == 0:
