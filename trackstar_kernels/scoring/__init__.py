@@ -37,8 +37,8 @@ def score_topk(
 
     Args:
         queries: (Q, D) or (Q, L, d) float32, finite.
-        rows: (N, D) or (N, L, d) float32, float16 or bfloat16, or int8, int4 or sign codes of :func:`encode_rows`, whose
-            dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
+        rows: (N, D) or (N, L, d) float32, float16 or bfloat16, or int8, int4 or sign codes of :func:`encode_rows`,
+            whose dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
         k: results per query, 1 ≤ k ≤ N.
         scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with queries of
             shape (Q, L, d). What codes stand for is their scales times the codes.
