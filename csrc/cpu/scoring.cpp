@@ -39,12 +39,13 @@ class ScoreScan : public Scan {
 
  private:
   void score(size_t row, size_t count) override {
+    reader_.open(row, count);
     const size_t panels = queries_.panels().size();
     size_t begin = 0;
     do {
       const size_t end = std::min(begin + kPanelsAtOnce, panels);
       for (size_t b = 0; b < L_; ++b) {
-        reader_.multiply(row, count, b, queries_, b, begin, end, scores_.data(), width_);
+        reader_.multiply(b, queries_, b, begin, end, scores_.data(), width_);
       }
       begin = end;
     } while (begin < panels);

@@ -148,6 +148,10 @@ inline void add_group(Vec row, const Vec* query, Vec* sum) {
   for (int v = 0; v < kVecs; ++v) sum[v] += row * query[v];
 }
 
+typedef float HalfVec __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+typedef float UnalignedHalfVec
+    __attribute__((vector_size(kLanes / 2 * sizeof(float)), aligned(4), may_alias));
+
 inline void add_scaled(float scale, Vec value, float* to) { store(to, load(to) + scale * value); }
 
 template <int kVecs>
@@ -163,8 +167,9 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
   const size_t whole = depth / kGroup * kGroup;
   size_t line = 0, due = 0;
   for (size_t step = 0; step < whole; step += kStep) {
-    if (step == due) {
-      for (int i = 0; i < fetch.count; ++i) __builtin_prefetch(fetch.from[i] + line);
+    if (fetch.from != nullptr && step == due) {
+#pragma GCC unroll 12
+      for (int r = 0; r < kPanelRows; ++r) __builtin_prefetch(fetch.from[r] + line);
       line += kLineBytes;
       due += fetch.step;
     }
@@ -203,11 +208,12 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
   } else {
 #pragma GCC unroll 12
     for (int r = 0; r < kPanelRows; r += 2) {
-      float both[2][kWidth];
-      store(both[0], fold(sum[r][0], sum[r + 1][0]));
+      // Each half of the folded vector is a row's.
+      HalfVec both[2];
+      store(reinterpret_cast<float*>(both), fold(sum[r][0], sum[r + 1][0]));
       for (int i = 0; i < 2; ++i) {
-        float* score = scores + (r + i) * score_stride;
-        for (int q = 0; q < kWidth; ++q) score[q] += scale[r + i] * both[i][q];
+        auto* score = reinterpret_cast<UnalignedHalfVec*>(scores + (r + i) * score_stride);
+        *score += scale[r + i] * both[i];
       }
     }
   }

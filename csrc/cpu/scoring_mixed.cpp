@@ -74,6 +74,7 @@ class MixedScan : public Scan {
   }
 
   void score(size_t row, size_t count) override {
+    reader_.open(row, count);
     std::fill(squares_.begin(), squares_.end(), 0.0);
     for (size_t group = 0; group < task_.groups(); ++group) {
       const size_t blocks = task_.blocks(group), width = blocks * task_.padded_rank;
@@ -81,8 +82,8 @@ class MixedScan : public Scan {
       for (size_t i = 0; i < blocks; ++i) {
         const size_t b = group * task_.group_blocks + i;
         const Matrix& factors = task_.factors[b];
-        reader_.multiply(row, count, b, factors, 0, 0, factors.panels().size(),
-                         products_.data() + i * task_.padded_rank, width);
+        reader_.multiply(b, factors, 0, 0, factors.panels().size(), products_.data() + i * task_.padded_rank,
+                         width);
       }
       combine(count, task_.combine[group], width);
       for (size_t r = 0; r < count; ++r) {
@@ -115,7 +116,7 @@ class MixedScan : public Scan {
           scales[r] = 1;
         }
         for (const Matrix::Panel& panel : matrix.panels()) {
-          panel.kernel->run(rows, matrix.panel_at(panel, 0, i), depth, {nullptr, 0, depth}, scales,
+          panel.kernel->run(rows, matrix.panel_at(panel, 0, i), depth, {nullptr, 0}, scales,
                             scores_.data() + first * width_ + panel.first, width_);
         }
       }

@@ -174,7 +174,7 @@ class Job:
             min(question.k, self.corpus.examples),
             mixed=True,
             directions=1,
-            copied=False,
+            copies=2,
             memory=question.memory,
         )
 

@@ -4,18 +4,19 @@ Queries that do not fit together are taken in batches, each of which scans the s
 them shapes the scores of each batch all the same.
 """
 
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
 
 from trackstar.layout import Layout
-from trackstar.pieces import read_pieces
+from trackstar.pieces import Piece, read_pieces
 from trackstar.progress import track
 from trackstar.selection import Selection
 from trackstar.store import Store
-from trackstar_kernels.scoring import merge_topk, prepare_task
+from trackstar_kernels.scoring import merge_topk, prepare_task, staged
 
 MEMORY = 256_000_000
 """Bytes that a scan takes at most, where nothing else is said."""
@@ -25,6 +26,8 @@ SLACK = 8 << 20
 
 LEAST_ROWS = 64
 """Rows that a piece can always hold: with fewer, a scan would mostly wait."""
+
+CPU = torch.device("cpu")
 
 Found = tuple[torch.Tensor, torch.Tensor]
 """Scores (Q, k) float32 and indices (Q, k) int64, best first."""
@@ -41,7 +44,8 @@ class Scan:
         directions: True for the highest scores, False for the lowest; all are found in the same pass.
         batches: which queries are scored together; each batch is one pass.
         piece_rows: most rows that are scored at a time.
-        bytes: what the scan takes at most beyond the queries.
+        bytes: what the scan takes at most beyond the queries, of the CPU's memory.
+        device: where pieces are scored.
     """
 
     store: Store
@@ -51,6 +55,7 @@ class Scan:
     batches: Sequence[range]
     piece_rows: int
     bytes: int
+    device: torch.device
 
     def run(self, queries: torch.Tensor, mixing: float) -> list[Found]:
         """The k best of the chosen rows for each query, in each direction.
@@ -76,18 +81,35 @@ class Scan:
         self, queries: torch.Tensor, mixing: float, batch: range, advance: Callable[[int], None]
     ) -> list[Found]:
         """What is found for one batch."""
-        task = prepare_task(queries, mixing, asked=batch)
+        task = prepare_task(queries.to(self.device), mixing, asked=batch)
         best = [_Best(self.k, largest) for largest in self.directions]
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
-            for piece in pieces:
-                k = min(self.k, len(piece))
+            for rows, codes, scales, squared_norms in _on_device(pieces, self.device):
+                k = min(self.k, len(rows))
                 for one in best:
-                    scores, positions = task.topk(
-                        piece.codes, piece.squared_norms, k, scales=piece.scales, largest=one.largest
-                    )
-                    one.add(scores, piece.rows[positions])
-                advance(len(piece))
+                    scores, positions = task.topk(codes, squared_norms, k, scales=scales, largest=one.largest)
+                    one.add(scores.cpu(), rows[positions.cpu()])
+                advance(len(rows))
         return [one.merged() for one in best]
+
+
+def _on_device(
+    pieces: Iterable[Piece], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Each piece's rows, and codes, scales and squared norms on ``device``."""
+    if device.type == "cpu":
+        for piece in pieces:
+            yield piece.rows, piece.codes, piece.scales, piece.squared_norms
+        return
+    rows: collections.deque[torch.Tensor] = collections.deque()
+
+    def tensors() -> Generator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        for piece in pieces:
+            rows.append(piece.rows)
+            yield piece.codes, piece.scales, piece.squared_norms
+
+    for codes, scales, squared_norms in staged(tensors(), device):
+        yield rows.popleft(), codes, scales, squared_norms
 
 
 def plan_scan(
@@ -99,6 +121,7 @@ def plan_scan(
     mixed: bool = True,
     directions: Sequence[bool] = (True,),
     memory: int = MEMORY,
+    device: torch.device = CPU,
 ) -> Scan:
     """A scan with the largest batches of queries and, with what is left, the largest pieces that ``memory`` allows.
 
@@ -110,19 +133,22 @@ def plan_scan(
         mixed: whether λ > 0.
         directions: see :class:`Scan`.
         memory: bytes.
+        device: where pieces are scored: the CPU, or a CUDA device that they are copied to, through pinned memory.
 
     Raises:
         ValueError: a single query and a few rows need more.
     """
-    copied = len(chosen.starts) > 1
+    # The piece that is scored and the one that is read; rows that are copied lie beside what they are copied from;
+    # and on their way to another device pieces pass through two buffers.
+    copies = (2 if len(chosen.starts) == 1 else 3) + (0 if device.type == "cpu" else 2)
     found = fit_scan(
-        store.layout, queries, k, mixed=mixed, directions=len(directions), copied=copied, memory=memory
+        store.layout, queries, k, mixed=mixed, directions=len(directions), copies=copies, memory=memory
     )
-    return Scan(store, chosen, k, directions, *found)
+    return Scan(store, chosen, k, directions, *found, device)
 
 
 def fit_scan(
-    layout: Layout, queries: int, k: int, *, mixed: bool, directions: int, copied: bool, memory: int
+    layout: Layout, queries: int, k: int, *, mixed: bool, directions: int, copies: int, memory: int
 ) -> tuple[list[range], int, int]:
     """Batches, rows of a piece, and bytes of a scan: see :class:`Scan` and :func:`plan_scan`.
 
@@ -132,7 +158,7 @@ def fit_scan(
         k: rows per query.
         mixed: whether λ > 0.
         directions: 2 where highest and lowest scores are found.
-        copied: whether some rows lie scattered.
+        copies: of a piece's rows that are in memory at a time.
         memory: bytes.
     """
     if isinstance(memory, bool) or not isinstance(memory, int):
@@ -151,8 +177,7 @@ def fit_scan(
     else:
         per_query += 20 * L * d
         per_row = 4 * L
-    # The piece that is scored and the one that is read; rows that are copied lie beside what they are copied from.
-    per_row += 32 + (3 if copied else 2) * layout.row_bytes
+    per_row += 32 + copies * layout.row_bytes
     least = fixed + per_query + LEAST_ROWS * per_row
     if memory < least:
         raise ValueError(

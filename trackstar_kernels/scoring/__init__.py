@@ -8,10 +8,11 @@ from trackstar_kernels._checks import check_count, check_dtype, check_same_devic
 from trackstar_kernels._codes import DTYPES, NARROW, code_size
 from trackstar_kernels._dispatch import implementation, register
 from trackstar_kernels.scoring._merge import merge_topk
+from trackstar_kernels.scoring._staging import staged
 
-__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk"]
+__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk", "staged"]
 
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 register("score_topk", BACKENDS)
 register("mixed_topk", BACKENDS)
 
@@ -36,14 +37,14 @@ def score_topk(
 
     Args:
         queries: (Q, D) or (Q, L, d) float32, finite.
-        rows: (N, D) or (N, L, d) float32 or float16, or int8, int4 or sign codes of :func:`encode_rows`, whose
-            dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
+        rows: (N, D) or (N, L, d) float32, float16 or bfloat16, or int8, int4 or sign codes of :func:`encode_rows`,
+            whose dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
         k: results per query, 1 ≤ k ≤ N.
         scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with queries of
             shape (Q, L, d). What codes stand for is their scales times the codes.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, best first, and indices (Q, k) int64. Equal scores are ordered by index. NaN
@@ -124,7 +125,7 @@ def mixed_topk(
         scales: multipliers of the rows, (N,) or (N, L) float32, as in :func:`score_topk`.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, within 1e-5 of the exact ones, and indices (Q, k) int64, ordered as in
@@ -185,7 +186,7 @@ def prepare_task(
         mixing: λ, 0 ≤ λ < 1.
         asked: positions of the queries that are scored, consecutive; None for all. The others shape R_task alike, so
             that batches of a task's queries have the scores that they have together.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -276,7 +277,7 @@ def _check_inputs(
     """Check what the two ops share; returns N."""
     check_shape("queries", check_tensor("queries", queries), ("Q", "D"), ("Q", "L", "d"))
     check_dtype("queries", queries, torch.float32)
-    check_dtype("rows", check_tensor("rows", rows), *DTYPES.values())
+    check_dtype("rows", check_tensor("rows", rows), torch.bfloat16, *DTYPES.values())
     check_shape("rows", rows, ("N", *queries.shape[1:-1], code_size(queries.shape[-1], rows.dtype)))
     N = len(rows)
     if min(*queries.shape, *rows.shape) == 0:
