@@ -274,20 +274,26 @@ def test_another_tokenizer_is_refused(folder, store, monkeypatch, capsys, tmp_pa
     assert err.count("\n") == 1
 
 
-def test_plan_writes_nothing(folder, monkeypatch, capsys, tmp_path):
-    arguments = (
-        "plan",
-        "--model",
-        folder / "model",
-        "--data",
-        folder / "data.jsonl",
-        "--out",
-        tmp_path / "s",
-    )
-    code, out, _ = call_main(monkeypatch, capsys, *arguments)
+def test_plan_needs_no_weights_and_writes_nothing(folder, monkeypatch, capsys, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    given = ("plan", "--model", tmp_path / "model", "--out", tmp_path / "s")
+    code, out, _ = call_main(monkeypatch, capsys, *given, "--data", folder / "data.jsonl")
     assert code == 0
-    assert "18 rows of 14 × 256 to write" in " ".join(out.split())
-    assert not (tmp_path / "s").exists()
+    assert "14 blocks of 256" in out
+    assert "measured" in out
+    assert [line.split()[0] for line in out.splitlines() if line.lstrip()[:1].isdigit()][-1] == "18"
+    code, out, _ = call_main(monkeypatch, capsys, *given, "--gpu", "H100")
+    assert code == 0
+    assert "from data sheet, not measured" in out
+    assert "1,000,000,000" in out
+    code, out, _ = call_main(
+        monkeypatch, capsys, *given, "--examples", "2e5", "--tokens", "64", "--dtype", "int8"
+    )
+    assert code == 0
+    assert "200,000" in out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -348,6 +354,10 @@ def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message)
         ["query", "S", "--model", "M"],
         ["query", "S", "--model", "M", "--prompt", "a"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--mixing", "much"],
+        ["plan", "--model", "M", "--examples", "many"],
+        ["plan", "--model", "M", "--examples", "5", "--data", "D"],
+        ["plan", "--model", "M", "--tokens", "0"],
+        ["plan", "--model", "M", "--gpu", "GTX"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--rows", "3"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--where", "wiki"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--memory", "lots"],

@@ -85,17 +85,32 @@ def read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
     return lines
 
 
-def load_model(folder: Path) -> tuple[Any, Any]:
-    """The model, float32, and the tokenizer in ``folder``; nothing is downloaded."""
+def make_spec(sketch: int, blocks: str, kind: SketchKind, seed: int = 0) -> Any:
+    """The SketchSpec of these options."""
+    from trackstar.spec import SketchSpec
+
+    grouping = int(blocks) if blocks.isdigit() else blocks
+    return SketchSpec(seed=seed, sketch=sketch, blocks=grouping, kind=kind.value)
+
+
+def require_model(folder: Path) -> None:
+    """Require a model's folder, and have transformers keep silent about it."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"--model must be a folder with a transformers model (config.json), got {folder}"
         )
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """The model, float32, and the tokenizer in ``folder``; nothing is downloaded."""
+    require_model(folder)
+    import torch
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
     )
