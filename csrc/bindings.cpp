@@ -25,10 +25,9 @@ constexpr const char* kBaseline = "neon";
 #else
 constexpr const char* kBaseline = "baseline";
 #endif
-const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},
-                                               {"x86-64-v3", Isa::v3},
-                                               {"x86-64-v4", Isa::v4},
-                                               {"avx512-bf16", Isa::v4_bf16}};
+const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},    {"x86-64-v3", Isa::v3},
+                                               {"avx-vnni", Isa::v3_vnni},    {"x86-64-v4", Isa::v4},
+                                               {"avx512-vnni", Isa::v4_vnni}, {"avx512-bf16", Isa::v4_bf16}};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
@@ -76,15 +75,18 @@ void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int
       at<float>(out), threads);
 }
 
+RowType row_type_of(const std::string& name) {
+  if (name == "float32") return RowType::float32;
+  if (name == "float16") return RowType::float16;
+  if (name == "int8") return RowType::int8;
+  if (name == "int4") return RowType::int4;
+  if (name == "sign") return RowType::sign;
+  throw std::invalid_argument("row type must be float32, float16, int8, int4 or sign, got '" + name + "'");
+}
+
 Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
              size_t N, size_t L, size_t d) {
-  return {at<const void>(rows),
-          row_type == "float16" ? RowType::float16 : RowType::float32,
-          row_stride,
-          at<const float>(scales),
-          N,
-          L,
-          d};
+  return {at<const void>(rows), row_type_of(row_type), row_stride, at<const float>(scales), N, L, d};
 }
 
 TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions) {
@@ -93,6 +95,12 @@ TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintpt
 
 void score_topk_at(std::uintptr_t queries, const Rows& rows, const TopK& top, int threads) {
   score_topk(at<const float>(queries), rows, top, threads);
+}
+
+void rescored_topk_at(std::uintptr_t queries, const Rows& codes, const Rows& wider,
+                      std::uintptr_t squared_norms, const TopK& top, std::uintptr_t rescored, int threads) {
+  rescored_topk(at<const float>(queries), codes, wider, at<const float>(squared_norms), top,
+                at<std::int64_t>(rescored), threads);
 }
 
 void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows, const TopK& top,
@@ -121,6 +129,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&top_at), py::arg("Q"), py::arg("k"), py::arg("largest"), py::arg("scores"),
            py::arg("positions"));
   m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("top"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  m.def("rescored_topk", &rescored_topk_at, py::arg("queries"), py::arg("codes"), py::arg("wider"),
+        py::arg("squared_norms"), py::arg("top"), py::arg("rescored"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
   py::class_<Task>(m, "Task",
                    "Queries under another inner product, copied from addresses: see csrc/scoring.h.")

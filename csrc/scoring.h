@@ -7,13 +7,14 @@
 
 namespace trackstar {
 
-enum class RowType { float32, float16 };
+enum class RowType { float32, float16, int8, int4, sign };
 
-// N rows of L blocks of d numbers; no size is zero.
+// N rows of L blocks of d numbers; no size is zero. Blocks of int4 take ⌈d/2⌉ bytes, of sign ⌈d/32⌉ words of 32
+// bits: see trackstar_kernels/encode/README.md.
 struct Rows {
   const void* values;  // each row dense
   RowType type;
-  ptrdiff_t stride;     // numbers between rows
+  ptrdiff_t stride;     // numbers, bytes or words between rows
   const float* scales;  // null, or (N, L), dense: multipliers of each row's blocks
   size_t N, L, d;
 };
@@ -35,6 +36,12 @@ struct TopK {
 // added last. So within each of the two cases a score has the same bits whatever the other queries and rows,
 // their number, and `threads`.
 void score_topk(const float* queries, const Rows& rows, const TopK& top, int threads);
+
+// score_topk of the rows `wider`, float32 or float16, found through their narrow codes, with squared_norms (N, L)
+// those that the codes were made of: every score has the bits that it has for one query alone. rescored (Q) is the
+// number of wider rows that were looked at.
+void rescored_topk(const float* queries, const Rows& codes, const Rows& wider, const float* squared_norms,
+                   const TopK& top, int64_t* rescored, int threads);
 
 // Queries and another inner product, in the layout of the kernels: made once, for any number of scans.
 //

@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/aligned.h"
+#include "cpu/coded.h"
 #include "cpu/isa.h"
 #include "cpu/reservoir.h"
 #include "cpu/scoring_kernel.h"
@@ -15,20 +16,17 @@
 #endif
 
 namespace trackstar {
-namespace {
 
-constexpr size_t kDepth = 256;        // numbers that are summed one after another: see scoring.h
-constexpr size_t kTileRows = 48;      // rows that meet all queries before the next; a multiple of any block
-constexpr size_t kPanelsAtOnce = 16;  // whose chunks fit the second-level cache
-
-const ScoringKernels& kernels() {
+const ScoringKernels& scoring_kernels() {
   switch (isa()) {
 #ifdef TRACKSTAR_HAS_v4
     case Isa::v4_bf16:
+    case Isa::v4_vnni:
     case Isa::v4:
       return v4::scoring_kernels;
 #endif
 #ifdef TRACKSTAR_HAS_v3
+    case Isa::v3_vnni:
     case Isa::v3:
       return v3::scoring_kernels;
 #endif
@@ -37,16 +35,15 @@ const ScoringKernels& kernels() {
   }
 }
 
-template <typename T>
-struct CacheAligned {
-  using value_type = T;
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kAlignment)); }
-  void deallocate(T* p, size_t) { ::operator delete(p, kAlignment); }
-  bool operator==(const CacheAligned&) const { return true; }
-  bool operator!=(const CacheAligned&) const { return false; }
-  static constexpr std::align_val_t kAlignment{64};
-};
-using Floats = std::vector<float, CacheAligned<float>>;
+namespace {
+
+constexpr size_t kDepth = 256;        // numbers that are summed one after another: see scoring.h
+constexpr size_t kTileRows = 48;      // rows that meet all queries before the next; a multiple of any block
+constexpr size_t kPanelsAtOnce = 16;  // whose chunks fit the second-level cache
+
+const ScoringKernels& kernels() { return scoring_kernels(); }
+
+using Floats = Aligned<float>;
 
 // ---- What rows are multiplied with
 // -------------------------------------------------------------------------
@@ -397,6 +394,7 @@ void select(size_t N, const TopK& top, int threads, MakeScan make_scan) {
 }  // namespace
 
 void score_topk(const float* queries, const Rows& rows, const TopK& top, int threads) {
+  if (is_coded(rows.type)) return coded_topk(queries, rows, top, threads);
   const Matrix matrix = matrix_of(queries, top.Q, rows.L * rows.d);
   select(rows.N, top, threads, [&] { return std::make_unique<ScoreScan>(matrix, rows, top); });
 }

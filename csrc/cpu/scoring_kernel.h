@@ -40,6 +40,9 @@ struct ScoringKernels {
   float (*sum_of_squares)(const float* in, size_t n);
 };
 
+// Those of the level in force.
+const ScoringKernels& scoring_kernels();
+
 namespace baseline {
 extern const ScoringKernels scoring_kernels;
 }

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 from trackstar_kernels import _C
-from trackstar_kernels._codes import NARROW, unpack
+from trackstar_kernels._codes import DTYPES, NARROW, unpack
 from trackstar_kernels.scoring._merge import merge_topk
 
 # Float32 keeps the squared norm of a row to about 2⁻²⁴ of ‖y‖² where terms of that size cancel, and its root
 # to 2⁻²⁴ of ‖y‖ where ‖t‖² is all there is: where less than this is left of ‖y‖², it is computed in float64.
 TRUSTED_DIFFERENCE = 0.05
 TRUSTED_SQUARE = 0.05**2
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SCRATCH = 64 * 2**20  # bytes of working memory for doing that
 
@@ -26,12 +28,12 @@ def score_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None."""
     queries = queries.contiguous()
-    rows = _readable(rows, queries.shape[2])
+    rows = _readable(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
     scores, indices = _results(len(queries), k)
     _C.score_topk(
         queries=queries.data_ptr(),
-        rows=_rows_at(rows, scales),
+        rows=_rows_at(rows, scales, queries.shape[2]),
         top=_top_at(scores, indices, largest),
         threads=torch.get_num_threads(),
     )
@@ -101,7 +103,7 @@ class _MixedTask:
         start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         narrow = rows.dtype in NARROW
-        rows, squared_norms = _readable(rows, self.queries.shape[2]), squared_norms.contiguous()
+        rows, squared_norms = _wide(rows, self.queries.shape[2]), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
         scores, indices = _results(len(self.queries), k)
         doubtful = torch.ones(len(rows), dtype=torch.bool)
@@ -109,7 +111,7 @@ class _MixedTask:
             _C.mixed_topk(
                 task=self.panels,
                 squared_norms=squared_norms.data_ptr(),
-                rows=_rows_at(rows, scales),
+                rows=_rows_at(rows, scales, self.queries.shape[2]),
                 top=_top_at(scores, indices, largest),
                 doubtful=doubtful.data_ptr(),
                 threads=torch.get_num_threads(),
@@ -205,22 +207,25 @@ def _precise_scores(
 # ---- Tensors as csrc takes them ----------------------------------------------------------------------------
 
 
-def _readable(rows: torch.Tensor, d: int) -> torch.Tensor:
-    """The rows (N, L, d), copied unless each of them is dense floats."""
-    if rows.dtype in NARROW:
-        return unpack(rows, d).half()
+def _readable(rows: torch.Tensor) -> torch.Tensor:
+    """The rows (N, L, …), copied unless each of them is dense."""
     return rows if rows[0].is_contiguous() else rows.contiguous()
+
+
+def _wide(rows: torch.Tensor, d: int) -> torch.Tensor:
+    """The rows as floats, before scaling."""
+    return unpack(rows, d).half() if rows.dtype in NARROW else _readable(rows)
 
 
 def _results(Q: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(Q, k), torch.empty(Q, k, dtype=torch.int64)
 
 
-def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None) -> _C.Rows:
-    N, L, d = rows.shape
+def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None, d: int) -> _C.Rows:
+    N, L, _ = rows.shape
     return _C.Rows(
         values=rows.data_ptr(),
-        type=str(rows.dtype).removeprefix("torch."),
+        type=NAMES[rows.dtype],
         stride=rows.stride(0),
         scales=0 if scales is None else scales.data_ptr(),
         N=N,
