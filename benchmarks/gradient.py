@@ -1,9 +1,10 @@
-"""project_gradients, every form × shape × backend: ``python -m benchmarks.gradient [--quick] [--threads N]``.
+"""project_gradients, every form × shape × backend: ``python -m benchmarks.gradient [--quick] [--threads N] [--isa I]``.
 
 Two yardsticks in torch, both into memory that is there already: the bare product ΔᵀX (torch.bmm), which an exact
 correction cannot avoid, and the obvious code of the same form. Beside them the floor: the form's arithmetic at the
-speed of the machine's own large matmul, or its bytes at the speed of its memory, whichever takes longer. Everything is
-checked against the float64 definition before it is timed; rounds are interleaved, ratios are medians over rounds.
+speed of the processor's multiply-adds (on a GPU, of a large matmul), or its bytes at the speed of memory, whichever
+takes longer. Kernels are called as the engine calls them, without the check for finite inputs. Everything is checked
+against the float64 definition before it is timed; rounds are interleaved, ratios are medians over rounds.
 
 The same table is made for the CPU and, where there is one, for a CUDA device.
 """
@@ -18,11 +19,11 @@ from benchmarks.cases import BATCH, FORMS, SKETCHES, Case, Layer, layers
 from benchmarks.machine import ceilings, describe, save
 from benchmarks.targets import compare
 from benchmarks.timing import interleaved, ratio
-from trackstar_kernels import available_backends, project_gradients
+from trackstar_kernels import _C, available_backends, project_gradients
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float32)}
 PEAK = {
-    ("cpu", torch.float32): "sgemm GFLOP/s",
+    ("cpu", torch.float32): "multiply-add GFLOP/s",
     ("cuda", torch.bfloat16): "bf16 GFLOP/s",
     ("cuda", torch.float32): "tf32 GFLOP/s",
 }
@@ -44,9 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two shapes only")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--isa", choices=_C.available_isas(), default=_C.isa(), help="level of the CPU kernels"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    _C.set_isa(arguments.isa)
     results = []
     for device in DTYPES:
         if device == "cuda" and not torch.cuda.is_available():
@@ -76,7 +81,9 @@ def measure(layer: Layer, rounds: int) -> list[dict[str, object]]:
         for case in cases:
             runs[case, "torch"] = case.obvious(given[case])
             for backend in timed_backends(layer.device):
-                runs[case, backend] = partial(project_gradients, **given[case], backend=backend)
+                runs[case, backend] = partial(
+                    project_gradients, **given[case], backend=backend, check_finite=False
+                )
             check(case, given[case], {key[1]: run for key, run in runs.items() if key[0] == case})
         seconds = interleaved(runs, rounds, layer.device)
         for case in cases:

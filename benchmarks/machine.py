@@ -1,9 +1,11 @@
 """What the figures depend on: the machine, what it can do at most, and where they are kept."""
 
+import ctypes
 import functools
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -19,8 +21,9 @@ RESULTS = Path(__file__).parent / "results"
 def ceilings(device: str = "cpu") -> dict[str, float]:
     """What the device can do, measured once: GFLOP/s of large matmuls and GB/s of memory.
 
-    On the CPU with the threads in force, float32 and reading. On CUDA bfloat16 and, where torch may use it for
-    float32, tf32, and copying (bytes read and bytes written).
+    On the CPU, with the threads in force: float32 multiply-adds that the processor can start, in the widest vectors
+    of the level in force; torch's matmul; and reading. On CUDA bfloat16 and, where torch may use it for float32, tf32,
+    and copying (bytes read and bytes written).
     """
     return _cuda_ceilings() if device == "cuda" else _cpu_ceilings()
 
@@ -29,7 +32,40 @@ def _cpu_ceilings() -> dict[str, float]:
     # Larger than any cache here; a matrix–vector product reads faster than a sum, which is bound by its additions.
     rows, query = torch.randn(32_768, 4096), torch.randn(4096, 1)
     read = min(interleaved({"": lambda: torch.mm(rows, query)}, 5)[""])
-    return {"sgemm GFLOP/s": _matmul(1024, torch.float32, "cpu"), "read GB/s": rows.nbytes / read / 1e9}
+    return {
+        "multiply-add GFLOP/s": torch.get_num_threads() * _multiply_adds(),
+        "sgemm GFLOP/s": _matmul(1024, torch.float32, "cpu"),
+        "read GB/s": rows.nbytes / read / 1e9,
+    }
+
+
+def _multiply_adds() -> float:
+    """GFLOP/s of one core that does nothing else, at the instruction set level in force."""
+    gflops = _peak().gflops
+    gflops.restype = ctypes.c_double
+    return gflops()
+
+
+def read_rows(rows: torch.Tensor, streams: int) -> None:
+    """Read dense rows (N, …) and do nothing with them, 1, 4 or 8 rows at once: what memory can deliver at most."""
+    address, size = ctypes.c_void_p(rows.data_ptr()), ctypes.c_size_t
+    _peak().read_rows(address, size(len(rows)), size(rows[0].nbytes), ctypes.c_int(streams))
+
+
+@functools.cache
+def _peak() -> ctypes.CDLL:
+    """peak.cpp, built for the instruction set level in force."""
+    level = _C.isa()
+    targets = {"avx-vnni": "x86-64-v3", "avx512-vnni": "x86-64-v4", "avx512-bf16": "x86-64-v4"}
+    targets |= {"baseline": "x86-64", "neon": "native"}
+    target = targets.get(level, level)
+    RESULTS.mkdir(exist_ok=True)
+    library = RESULTS / f"peak-{level}.so"
+    source = Path(__file__).with_name("peak.cpp")
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-O3", f"-march={target}", "-shared", "-fPIC", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
 
 
 def _cuda_ceilings() -> dict[str, float]:

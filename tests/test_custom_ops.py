@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trackstar_kernels import mixed_topk, project_gradients, score_topk
+from trackstar_kernels import encode_rows, mixed_topk, project_gradients, projection_matrix, score_topk
 
 GRADIENT = {
     "padded": (torch.randn(3, 5, 6), torch.randn(3, 5, 4), torch.randn(2, 4), torch.randn(3, 6), None, None),
@@ -45,6 +45,15 @@ OPS |= {
             None,
         ),
     ),
+    "encode_rows, whitened": (
+        "encode_rows",
+        (torch.randn(5, 2, 9), torch.randn(2, 9, 9), "int4", None),
+    ),
+    "encode_rows, as they are": ("encode_rows", (torch.randn(5, 2, 9), None, "float32", None)),
+    "projection_matrix": (
+        "projection_matrix",
+        (3, 5, -1, 7, "countsketch", torch.bfloat16, torch.device("cpu"), None),
+    ),
 }
 
 
@@ -66,8 +75,19 @@ def best_mixed(queries, rows):
     return mixed_topk(queries * 2, rows, rows.square().sum(2), 3, 0.9)
 
 
+def encoded(rows, whiteners):
+    codes, scales, squared_norms = encode_rows(rows * 2, whiteners, "sign")
+    return codes + 0, scales * 2, squared_norms
+
+
+def sketch(x):
+    return x @ projection_matrix(3, x.shape[1], seed=2**64 - 1, stream=2**63, kind="gaussian").T
+
+
 FUNCTIONS = {name: (sketches, case) for name, case in GRADIENT.items()}
 FUNCTIONS["score_topk"] = (best, (torch.randn(2, 8), torch.randn(7, 8)))
+FUNCTIONS["encode_rows"] = (encoded, (torch.randn(5, 2, 9), torch.randn(2, 9, 9)))
+FUNCTIONS["projection_matrix"] = (sketch, (torch.randn(2, 8),))
 FUNCTIONS["mixed_topk"] = (best_mixed, (torch.randn(2, 2, 4), torch.randn(7, 2, 4)))
 
 

@@ -1,6 +1,7 @@
 #include "cpu/coded_kernel.h"
 
 #include "cpu/integer_simd.h"
+#include "cpu/lane_sums.h"
 
 namespace trackstar {
 namespace TRACKSTAR_ISA {
@@ -150,10 +151,10 @@ __attribute__((noinline)) void few(const uint8_t* const* rows, const float* cons
     codes += kQueries * padded;
     query_scales += kQueries;
   }
-#pragma GCC unroll 4
+  float sums[kRows * kQueries];
+  sum_lanes<kRows * kQueries>(total[0], sums);
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) scores[r * score_stride + q] = sum_of(total[r][q]);
+    for (int q = 0; q < kQueries; ++q) scores[r * score_stride + q] = sums[r * kQueries + q];
   }
 }
 
@@ -233,8 +234,9 @@ __attribute__((noinline)) void exact(const uint8_t* const* codes, const float* q
     for (size_t j = 0; i + j < d; ++j) values[j] = query[i + j];
     for (int r = 0; r < kExactRows; ++r) sum[r] += last_floats<Codes>(codes[r], i, d) * load(values);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kExactRows; ++r) scores[r] += scale[r] * sum_of(sum[r]);
+  float sums[kExactRows];
+  sum_lanes<kExactRows>(sum, sums);
+  for (int r = 0; r < kExactRows; ++r) scores[r] += scale[r] * sums[r];
 }
 
 template <typename Codes>
@@ -336,24 +338,33 @@ float round(const float* values, size_t d, int8_t* codes, double* squares) {
   return scale;
 }
 
-size_t reaching(const float* scores, size_t n, float a, const float* wide, float b, const float* far,
-                const float* threshold, float* upper, int32_t* which) {
-  size_t count = 0;
-  for (size_t q = 0; q < n; q += kLanes) {
-    const Vec most = load(scores + q) + a * load(wide + q) + b * load(far + q);
-    const auto below = most <= load(threshold + q);
-    store(upper + q, most);
-    uint32_t reach = 0;
+// Bit i: whether lane i is not at most its limit.
+inline unsigned lanes_above(Vec value, Vec limit) {
 #if defined(__AVX512F__)
-    reach = static_cast<uint16_t>(~_mm512_movepi32_mask((__m512i)below));
+  return _mm512_cmp_ps_mask(value, limit, _CMP_NLE_UQ);
 #elif defined(__AVX__)
-    reach = ~_mm256_movemask_ps((__m256)below) & 0xFF;
+  return _mm256_movemask_ps(_mm256_cmp_ps(value, limit, _CMP_NLE_UQ));
 #else
-    for (int lane = 0; lane < kLanes; ++lane) reach |= uint32_t(!below[lane]) << lane;
+  unsigned lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= unsigned{!(value[i] <= limit[i])} << i;
+  return lanes;
 #endif
-    for (; reach != 0; reach &= reach - 1) which[count++] = static_cast<int32_t>(q + __builtin_ctz(reach));
+}
+
+size_t reaching(const float* scores, float sign, size_t n, float a, const float* wide, float b,
+                const float* far, const float* threshold, float* upper, uint32_t* which) {
+  size_t count = 0, q = 0;
+  for (; q + kLanes <= n; q += kLanes) {
+    const Vec most = sign * load(scores + q) + a * load(wide + q) + b * load(far + q);
+    store(upper + q, most);
+    for (unsigned lanes = lanes_above(most, load(threshold + q)); lanes != 0; lanes &= lanes - 1) {
+      which[count++] = static_cast<uint32_t>(q) + static_cast<uint32_t>(__builtin_ctz(lanes));
+    }
   }
-  while (count > 0 && static_cast<size_t>(which[count - 1]) >= n) --count;  // padding, where all is NaN
+  for (; q < n; ++q) {
+    upper[q] = sign * scores[q] + a * wide[q] + b * far[q];
+    if (!(upper[q] <= threshold[q])) which[count++] = static_cast<uint32_t>(q);
+  }
   return count;
 }
 

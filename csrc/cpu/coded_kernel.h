@@ -80,10 +80,10 @@ struct CodedKernels {
   CodeKernels int8, int4, sign;
   CodedPanelKernel narrow, wide;
 
-  // Which of n scores may reach their thresholds: those whose upper[q] = scores[q] + a · wide[q] + b · far[q] is
-  // not at most threshold[q]. Their indices are written to `which`, in order; returns how many.
-  size_t (*reaching)(const float* scores, size_t n, float a, const float* wide, float b, const float* far,
-                     const float* threshold, float* upper, int32_t* which);
+  // Which of n scores may reach their thresholds: those whose upper[q] = sign · scores[q] + a · wide[q] + b · far[q]
+  // is not at most threshold[q]. Their indices are written to `which`, in order; returns how many.
+  size_t (*reaching)(const float* scores, float sign, size_t n, float a, const float* wide, float b,
+                     const float* far, const float* threshold, float* upper, uint32_t* which);
 };
 
 namespace baseline {

@@ -41,8 +41,8 @@ void ExactScores::score(size_t query, const int64_t* positions, size_t count, fl
         code_kernels(rows_.type).exact(codes, values, n, scale, sums);
       } else {
         const ScoringKernels& kernels = scoring_kernels();
-        const auto* dot = rows_.type == RowType::float16 ? kernels.dot_half : kernels.dot_single;
-        dot->run(floats, values, 0, n, scale, sums, 1);
+        const RowKernels& kernel = rows_.type == RowType::float16 ? kernels.half : kernels.single;
+        kernel.dot[0].run(floats, floats, values, n, scale, sums, 1);
       }
     }
   }

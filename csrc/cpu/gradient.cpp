@@ -56,8 +56,8 @@ Projection::Projection(const GradientBatch& batch, float* out, int threads)
       of_element_(kernels_.of_element[static_cast<int>(batch.element)]),
       padded_p_(round_up(batch.p, kernels_.columns)) {}
 
-int64_t Projection::block_for_threads(int64_t size, int64_t block) const {
-  const int64_t tasks = threads_ == 1 ? 0 : 4 * threads_, least = block / 4;
+int64_t Projection::block_for_threads(int64_t size, int64_t block, int64_t parts) const {
+  const int64_t tasks = threads_ == 1 ? 0 : round_up(4 * threads_, parts) / parts, least = block / 4;
   while (block > least && size < tasks * block) block /= 2;
   return block;
 }
@@ -71,7 +71,7 @@ void Projection::write(int64_t example, int64_t row, const float* strip, bool ad
 
 ScaledProjection::ScaledProjection(const GradientBatch& batch, float* out, int threads, int64_t tasks_of_part)
     : Projection(batch, out, threads), padded_in_(round_up(batch.in_features, kernels_.columns)) {
-  const int64_t parts_of_wave = std::max<int64_t>(1, 4 * threads_ / tasks_of_part);
+  const int64_t parts_of_wave = round_up(4 * threads_, tasks_of_part) / tasks_of_part;
   for (int64_t example = 0; example < x_.batch; ++example) {
     const int64_t start = x_.offsets[example], end = x_.offsets[example + 1];
     for (int64_t begin = start; begin < end; begin += kPieceTokens) {

@@ -22,9 +22,10 @@ class CountSketchProjection : ScaledProjection {
 #pragma omp parallel num_threads(threads_)
     for (const Range& wave : waves_) {
       const Range run = pieces_of(wave);
+      const int64_t column_block = block_for_threads(x_.in_features, kColumnBlock, wave.size());
 #pragma omp for collapse(2) schedule(dynamic) nowait
       for (int64_t i = run.begin; i < run.end; ++i) {
-        for (int64_t column = 0; column < x_.in_features; column += column_block_) {
+        for (int64_t column = 0; column < x_.in_features; column += kColumnBlock) {
           pack_columns(i, column, run, columns);
         }
       }
@@ -40,8 +41,9 @@ class CountSketchProjection : ScaledProjection {
       }
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t part = wave.begin; part < wave.end; ++part) {
-        for (int64_t column = 0; column < x_.in_features; column += column_block_) {
-          add_columns(parts_[part], column, run, rows, columns, sums);
+        for (int64_t column = 0; column < x_.in_features; column += column_block) {
+          const int64_t width = std::min(column_block, x_.in_features - column);
+          add_columns(parts_[part], column, width, run, rows, columns, sums);
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -54,10 +56,9 @@ class CountSketchProjection : ScaledProjection {
   }
 
  private:
-  // Columns [column, column + column_block_) of S for every piece of a part.
-  void add_columns(const Range& part, int64_t column, const Range& run, const Buffer& rows,
+  // Columns [column, column + n) of S for every piece of a part.
+  void add_columns(const Range& part, int64_t column, int64_t n, const Range& run, const Buffer& rows,
                    const Buffer& columns, const Buffer& sums) const {
-    const int64_t n = std::min(column_block_, x_.in_features - column);
     for (int64_t i = part.begin; i < part.end; ++i) {
       float* to = sums.at((i - run.begin) * sums_size_ + column);
       for (int64_t q = 0; q < x_.rank * padded_q_; ++q) {
@@ -103,7 +104,6 @@ class CountSketchProjection : ScaledProjection {
   }
 
   const std::vector<Bucket>& buckets_;
-  const int64_t column_block_ = block_for_threads(x_.in_features, kColumnBlock);
   const int64_t padded_out_ = round_up(x_.out_features, kRowBlock);
   const int64_t padded_q_ = round_up(x_.q, kernels_.rows);
   // An odd number of cache lines: rows of a power of two would all fall on the same cache sets.

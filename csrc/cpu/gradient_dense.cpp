@@ -23,6 +23,7 @@ class DenseProjection : ScaledProjection {
 #pragma omp parallel num_threads(threads_)
     for (const Range& wave : waves_) {
       const Range run = pieces_of(wave);
+      const int64_t row_block = block_for_threads(x_.out_features, kRowBlock, wave.size());
       float* scratch = scratch_[this_thread()].at(0);
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t i = run.begin; i < run.end; ++i) {
@@ -32,8 +33,9 @@ class DenseProjection : ScaledProjection {
       }
 #pragma omp for collapse(2) schedule(dynamic)
       for (int64_t part = wave.begin; part < wave.end; ++part) {
-        for (int64_t row = 0; row < x_.out_features; row += row_block_) {
-          contract_rows(parts_[part], row, run, columns, half, scratch);
+        for (int64_t row = 0; row < x_.out_features; row += row_block) {
+          const int64_t rows = std::min(row_block, x_.out_features - row);
+          contract_rows(parts_[part], row, rows, run, columns, half, scratch);
         }
       }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -46,10 +48,9 @@ class DenseProjection : ScaledProjection {
   }
 
  private:
-  // Rows [row, row + row_block_) of H for every piece of a part.
-  void contract_rows(const Range& part, int64_t row, const Range& run, const Buffer& columns,
+  // Rows [row, row + rows) of H for every piece of a part.
+  void contract_rows(const Range& part, int64_t row, int64_t rows, const Range& run, const Buffer& columns,
                      const Buffer& half, float* scratch) const {
-    const int64_t rows = std::min(row_block_, x_.out_features - row);
     float* const block = scratch;
     float* const deltas = scratch + kRowBlock * kColumnBlock;
     for (int64_t i = part.begin; i < part.end; ++i) {
@@ -98,7 +99,6 @@ class DenseProjection : ScaledProjection {
     write(piece.example, row, strip, !piece.first);
   }
 
-  const int64_t row_block_ = block_for_threads(x_.out_features, kRowBlock);
   const int64_t padded_out_ = round_up(x_.out_features, kRowBlock);
   const int64_t padded_q_ = round_up(x_.q, kernels_.rows);
   const int64_t half_size_ = x_.rank * padded_p_ * padded_out_;  // H of a piece: panels of padded_out_ rows

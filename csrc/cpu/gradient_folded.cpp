@@ -3,17 +3,12 @@
 namespace trackstar {
 namespace {
 
-// A sketch of each token: dense in panels, or in buckets if it is a CountSketch.
+// A sketch of each token, with dense rows or, if it is a CountSketch, in buckets.
 struct TokenSketch {
-  TokenSketch(const float* sketches, int64_t rank, int64_t rows, int64_t features, int64_t width, int threads)
-      : features(features),
-        padded(round_up(rows, width)),
-        buckets(buckets_of(sketches, rank, rows, features, features)),
-        panels(buckets.empty() ? pack_sketches(sketches, rank, rows, features, width, threads) : Buffer(0)) {}
-
-  int64_t features, padded;
+  const float* rows;  // (r, count, features)
+  int64_t count, features;
+  int64_t padded;  // count, in whole tiles
   std::vector<Bucket> buckets;
-  Buffer panels;
 };
 
 // Without a scale the sum over tokens comes last and no gradient is needed: out = Σ_r (Δ left[r]ᵀ)ᵀ (X
@@ -22,13 +17,13 @@ class FoldedProjection : Projection {
  public:
   FoldedProjection(const GradientBatch& batch, float* out, int threads)
       : Projection(batch, out, threads),
-        left_(x_.left, x_.rank, x_.q, x_.out_features, kernels_.columns, threads),
-        right_(x_.right, x_.rank, x_.p, x_.in_features, kernels_.columns, threads),
+        left_(sketch_of(x_.left, x_.q, x_.out_features)),
+        right_(sketch_of(x_.right, x_.p, x_.in_features)),
         grad_sketches_(padded_tokens_ * grad_row_),
         activation_sketches_(padded_tokens_ * x_.rank * padded_p_),
-        scratch_(one_per_thread(threads,
-                                std::max({kRowBlock * kChunkRow, kernels_.rows * padded_p_,
-                                          kMaxLanes * x_.rank * std::max(left_.padded, right_.padded)}))) {}
+        scratch_(
+            one_per_thread(threads, std::max(kernels_.rows * padded_p_,
+                                             kMaxLanes * x_.rank * std::max(left_.padded, right_.padded)))) {}
 
   void run() const {
 #pragma omp parallel num_threads(threads_)
@@ -51,29 +46,27 @@ class FoldedProjection : Projection {
   }
 
  private:
+  TokenSketch sketch_of(const float* rows, int64_t count, int64_t features) const {
+    return {rows, count, features, round_up(count, kernels_.columns),
+            buckets_of(rows, x_.rank, count, features, features)};
+  }
+
   // Sketches of tokens [token, token + token_block_) of a matrix.
   void sketch(const void* matrix, const TokenSketch& sketch, int64_t token, Product::C c,
               float* scratch) const {
-    const int64_t tokens = std::min(token_block_, tokens_ - token), features = sketch.features;
-    if (!sketch.buckets.empty()) {
-      of_element_.sketch({at(matrix, token * features), features, tokens, features, x_.rank, sketch.padded,
-                          sketch.buckets.data(), features, c, scratch});
+    const auto& [rows, count, features, padded, buckets] = sketch;
+    const int64_t tokens = std::min(token_block_, tokens_ - token);
+    const void* from = at(matrix, token * features);
+    if (!buckets.empty()) {
+      of_element_.sketch(
+          {from, features, tokens, features, x_.rank, padded, buckets.data(), features, c, scratch});
       return;
     }
-    // Whole tiles of floats are read where they are, the rest is widened, or saved from reading past the end.
-    const int64_t in_place = x_.element == Element::float32 ? tokens / kernels_.rows * kernels_.rows : 0;
-    const Product::C c_rest = {c.at + in_place * c.row, c.panel, c.row};
-    for (int64_t f = 0; f < features; f += kDepth) {
-      const int64_t n = x_.rank * sketch.padded, k = std::min(kDepth, features - f);
-      const auto* from = static_cast<const float*>(at(matrix, token * features + f));
-      const Tiles::A a = {from, kernels_.rows * features, features, 1};
-      const Tiles::B b = {sketch.panels.at(f * kernels_.columns), kernels_.columns * features};
-      kernels_.multiply({{in_place, n, k, a, b}, c, f > 0, {}});
-      for (int64_t t = in_place; t < tokens; ++t) {
-        of_element_.widen(at(matrix, (token + t) * features + f), k, scratch + (t - in_place) * kChunkRow);
+    for (int64_t r = 0; r < x_.rank; ++r, c.at += padded / kernels_.columns * c.panel) {
+      for (int64_t f = 0; f < features; f += kDotDepth) {
+        of_element_.dots({at(from, f), features, tokens, rows + r * count * features + f, features, count,
+                          std::min(kDotDepth, features - f), c, f > 0});
       }
-      const Tiles::A a_rest = {scratch, kernels_.rows * kChunkRow, kChunkRow, 1};
-      kernels_.multiply({{tokens - in_place, n, k, a_rest, b}, c_rest, f > 0, {}});
     }
   }
 
@@ -94,11 +87,10 @@ class FoldedProjection : Projection {
     write(example, row, strip, false);
   }
 
-  // A row of a chunk of kDepth features; rows a power of two apart would all fall on the same cache sets.
-  static constexpr int64_t kChunkRow = kDepth + 16;
+  static constexpr int64_t kDotDepth = 2048;
 
   const int64_t tokens_ = x_.offsets[x_.batch], padded_tokens_ = round_up(tokens_, kernels_.rows);
-  const int64_t token_block_ = block_for_threads(tokens_, kRowBlock);
+  const int64_t token_block_ = block_for_threads(tokens_, kRowBlock, 1);
   const TokenSketch left_, right_;
   // The last tile of rows may read beyond the last sketch.
   const int64_t grad_row_ = x_.rank * left_.padded + kernels_.rows;

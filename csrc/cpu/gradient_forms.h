@@ -46,9 +46,9 @@ class Projection {
     return static_cast<const char*>(matrix) + index * (x_.element == Element::float32 ? 4 : 2);
   }
 
-  // The size of blocks to cut `size` into: `block`, or down to a quarter of it where some threads would idle.
-  // The blocks of tasks are no part of any sum, so results do not depend on it.
-  int64_t block_for_threads(int64_t size, int64_t block) const;
+  // The size of blocks to cut each of `parts` into, which are `size` wide: `block`, or down to a quarter of it where
+  // some threads would idle. The blocks of tasks are no part of any sum, so results do not depend on it.
+  int64_t block_for_threads(int64_t size, int64_t block, int64_t parts) const;
 
   // Rows [row, row + kernels_.rows) of one example's result, from a strip with rows of padded_p_.
   void write(int64_t example, int64_t row, const float* strip, bool add) const;

@@ -258,15 +258,111 @@ void sketch(const BucketSketch& x) {
   }
 }
 
+// A tile of dots fills the register file likewise.
+constexpr ptrdiff_t kDotColumns = 4, kDotRows = kRows * kVectors / kDotColumns;
+
+typedef float Quad __attribute__((vector_size(4 * sizeof(float))));
+
+template <typename V, size_t... kLane>
+inline auto add_halves(V v, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(v, v, kLane...) +
+         __builtin_shufflevector(v, v, (sizeof...(kLane) + kLane)...);
+}
+
+// The lanes of each of four vectors, added.
+inline Quad lane_sums(const Vec* v) {
+  Quad part[kDotColumns];
+#pragma GCC unroll 4
+  for (ptrdiff_t j = 0; j < kDotColumns; ++j) {
+#if defined(__AVX512F__)
+    part[j] = add_halves(add_halves(v[j], std::make_index_sequence<8>()), std::make_index_sequence<4>());
+#elif defined(__AVX__)
+    part[j] = add_halves(v[j], std::make_index_sequence<4>());
+#else
+    part[j] = v[j];
+#endif
+  }
+  const Quad first = __builtin_shufflevector(part[0], part[1], 0, 4, 1, 5) +
+                     __builtin_shufflevector(part[0], part[1], 2, 6, 3, 7);
+  const Quad second = __builtin_shufflevector(part[2], part[3], 0, 4, 1, 5) +
+                      __builtin_shufflevector(part[2], part[3], 2, 6, 3, 7);
+  return __builtin_shufflevector(first, second, 0, 1, 4, 5) +
+         __builtin_shufflevector(first, second, 2, 3, 6, 7);
+}
+
+template <typename T>
+inline void add_dots(Vec (&sum)[kDotRows][kDotColumns], const T* const* rows, const float* const* columns,
+                     ptrdiff_t t) {
+  Vec row[kDotRows];
+#pragma GCC unroll 6
+  for (ptrdiff_t i = 0; i < kDotRows; ++i) {
+    row[i] = load(rows[i] + t);
+    hold(row[i]);
+  }
+#pragma GCC unroll 4
+  for (ptrdiff_t j = 0; j < kDotColumns; ++j) {
+    Vec column = load(columns[j] + t);
+    hold(column);
+#pragma GCC unroll 6
+    for (ptrdiff_t i = 0; i < kDotRows; ++i) sum[i][j] += row[i] * column;
+  }
+}
+
+template <typename T>
+__attribute__((noinline)) void dot_tile(const T* const* row_at, const float* const* column_at, ptrdiff_t k,
+                                        Quad* result) {
+  const T* rows[kDotRows];
+  const float* columns[kDotColumns];
+#pragma GCC unroll 6
+  for (ptrdiff_t i = 0; i < kDotRows; ++i) rows[i] = row_at[i];
+#pragma GCC unroll 4
+  for (ptrdiff_t j = 0; j < kDotColumns; ++j) columns[j] = column_at[j];
+  Vec sum[kDotRows][kDotColumns] = {};
+  ptrdiff_t t = 0;
+  for (; t + kLanes <= k; t += kLanes) add_dots(sum, rows, columns, t);
+  if (t < k) {
+    // The last numbers, padded with zeros to a vector.
+    T row_tails[kDotRows][kLanes] = {};
+    float column_tails[kDotColumns][kLanes] = {};
+    for (ptrdiff_t i = 0; i < kDotRows; ++i) {
+      rows[i] = static_cast<T*>(__builtin_memcpy(row_tails[i], rows[i] + t, (k - t) * sizeof(T)));
+    }
+    for (ptrdiff_t j = 0; j < kDotColumns; ++j) {
+      columns[j] =
+          static_cast<float*>(__builtin_memcpy(column_tails[j], columns[j] + t, (k - t) * sizeof(float)));
+    }
+    add_dots(sum, rows, columns, 0);
+  }
+#pragma GCC unroll 6
+  for (ptrdiff_t i = 0; i < kDotRows; ++i) result[i] = lane_sums(sum[i]);
+}
+
+template <typename T>
+void dots(const Dots& x) {
+  const auto* from = static_cast<const T*>(x.from);
+  for (ptrdiff_t i = 0; i < x.m; i += kDotRows) {
+    const T* rows[kDotRows];  // past the end, the last one stands in
+    for (ptrdiff_t y = 0; y < kDotRows; ++y) rows[y] = from + (i + y < x.m ? i + y : x.m - 1) * x.row;
+    for (ptrdiff_t j = 0; j < x.n; j += kDotColumns) {
+      const float* columns[kDotColumns];
+      for (ptrdiff_t y = 0; y < kDotColumns; ++y) {
+        columns[y] = x.sketches + (j + y < x.n ? j + y : x.n - 1) * x.sketch_row;
+      }
+      Quad sums[kDotRows];
+      dot_tile(rows, columns, x.k, sums);
+      float* to = x.c.at + j / kColumns * x.c.panel + i * x.c.row + j % kColumns;
+      for (ptrdiff_t y = 0; y < kDotRows && i + y < x.m; ++y, to += x.c.row) {
+        for (ptrdiff_t z = 0; z < kDotColumns && j + z < x.n; ++z) {
+          to[z] = x.accumulate ? to[z] + sums[y][z] : sums[y][z];
+        }
+      }
+    }
+  }
+}
+
 template <typename T, typename Terms>
 constexpr ElementKernels element_kernels(ElementKernels::Pack* pack_a, ElementKernels::Pack* pack_b) {
-  return {pack_a,
-          pack_b,
-          Terms::kTerms,
-          multiply<Terms>,
-          add_to_buckets<Terms>,
-          [](const void* from, ptrdiff_t n, float* to) { widen(static_cast<const T*>(from), n, to); },
-          sketch<T>};
+  return {pack_a, pack_b, Terms::kTerms, multiply<Terms>, add_to_buckets<Terms>, dots<T>, sketch<T>};
 }
 
 template <typename T>

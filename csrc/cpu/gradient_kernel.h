@@ -80,6 +80,18 @@ struct BucketSketch {
   float* scratch;  // rank · rows vectors: kMaxLanes numbers each
 };
 
+// C[i, j] (+)= Σ_t from[i, t] · sketches[j, t], C laid out as in Product: rows of a matrix times dense rows. Every
+// sum is one chain of multiply-adds for each lane of a vector, over ascending t, and the lanes are added last.
+struct Dots {
+  const void* from;  // m rows of numbers of an Element
+  ptrdiff_t row, m;
+  const float* sketches;  // n rows
+  ptrdiff_t sketch_row, n;
+  ptrdiff_t k;
+  Product::C c;
+  bool accumulate;
+};
+
 constexpr ptrdiff_t kMaxPackWidth = 192;
 constexpr ptrdiff_t kMaxLanes = 16;
 
@@ -98,7 +110,7 @@ struct ElementKernels {
   void (*multiply)(const Product& product);
   void (*add_to_buckets)(const BucketSums& sums);
 
-  void (*widen)(const void* from, ptrdiff_t n, float* to);
+  void (*dots)(const Dots& dots);
   void (*sketch)(const BucketSketch& sketch);
 };
 

@@ -31,9 +31,10 @@ inline Vec to_floats(Sums sums) { return __builtin_convertvector(sums, Vec); }
 typedef int8_t Quarter __attribute__((vector_size(kLanes)));
 typedef int8_t UnalignedQuarter __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
+// Masked forms, here and below, as the plain ones draw a false warning from gcc 12.
 inline Vec to_floats(Quarter quarter) {
 #if defined(__AVX512F__)
-  return to_floats((Sums)_mm512_cvtepi8_epi32((__m128i)quarter));
+  return to_floats((Sums)_mm512_maskz_cvtepi8_epi32(0xFFFF, (__m128i)quarter));
 #elif defined(__AVX2__)
   typedef int8_t Sixteen __attribute__((vector_size(16)));
   const Sixteen padded = {quarter[0], quarter[1], quarter[2], quarter[3],
@@ -78,7 +79,7 @@ inline Sums dot4(Sums sums, Bytes a, Bytes b) {
 // Magnitudes of signed bytes.
 inline Bytes magnitudes(Bytes value) {
 #if defined(__AVX512BW__)
-  return (Bytes)_mm512_abs_epi8((__m512i)value);
+  return (Bytes)_mm512_maskz_abs_epi8(~uint64_t{0}, (__m512i)value);
 #elif defined(__AVX2__)
   return (Bytes)_mm256_abs_epi8((__m256i)value);
 #else
@@ -108,7 +109,11 @@ inline Bytes twice_bits(const uint8_t* from) {
 
 inline int32_t sum_of(Sums sums) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32((__m512i)sums);
+  const auto eight = __builtin_shufflevector(sums, sums, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four =
+      __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return four[0] + four[1] + (four[2] + four[3]);
 #else
   int32_t total = 0;
   for (ptrdiff_t lane = 0; lane < kLanes; ++lane) total += sums[lane];

@@ -31,8 +31,15 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def track(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far ``label`` has come; the block calls what it gets with the number of examples just done."""
+def track(label: str, total: int, done: int = 0, *, passing: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show how far ``label`` has come; the block calls what it gets with the number of examples just done.
+
+    Args:
+        label: what is being done.
+        total: examples in all.
+        done: those that were done before.
+        passing: show nothing that outlasts it: for what often takes no time.
+    """
     screen = console()
     if screen.is_terminal:
         columns = (
@@ -42,7 +49,7 @@ def track(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], Non
             _Rate(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=screen) as bar:
+        with Progress(*columns, console=screen, transient=passing) as bar:
             task = bar.add_task(label, total=total, completed=done)
             yield lambda count: bar.advance(task, count)
         return
@@ -53,7 +60,7 @@ def track(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], Non
         nonlocal fresh, spoke
         fresh += count
         now = time.monotonic()
-        if now - spoke >= LINE_EVERY or done + fresh == total:
+        if now - spoke >= LINE_EVERY or (done + fresh == total and not passing):
             spoke = now
             rate = fresh / max(now - began, 1e-9)
             left = (total - done - fresh) / max(rate, 1e-9)

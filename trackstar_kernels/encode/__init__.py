@@ -3,7 +3,7 @@
 import torch
 
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
-from trackstar_kernels._codes import DTYPES
+from trackstar_kernels._codes import DTYPES, NARROW, code_size
 from trackstar_kernels._dispatch import implementation, register
 
 BACKENDS = register("encode_rows", {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")})
@@ -20,6 +20,8 @@ def encode_rows(
 
     Narrow codes stand for y[n, b] ≈ scales[n, b] · codes[n, b]: the scale is the one that leaves the least of y behind,
     so that ‖y − ŷ‖² = ‖y‖² − ‖ŷ‖² for the decoded ŷ. :func:`trackstar_kernels.decode_rows` is the way back.
+
+    Works under torch.compile and with fake tensors, as the custom op ``trackstar::encode_rows``.
 
     Args:
         rows: (N, L, d) projected gradients, float32 or float64.
@@ -57,8 +59,18 @@ def encode_rows(
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    device = check_same_device(rows=rows, whiteners=whiteners)
-    run = implementation(__name__, "encode_rows", device, backend)
+    check_same_device(rows=rows, whiteners=whiteners)
+    with torch.no_grad():
+        codes, scales, squared_norms = _encode_rows(rows, whiteners, dtype, backend)
+    return codes, scales if DTYPES[dtype] in NARROW else None, squared_norms
+
+
+@torch.library.custom_op("trackstar::encode_rows", mutates_args=())
+def _encode_rows(
+    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: str, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`encode_rows`, once shapes and dtypes are known to fit; scales are empty where there are none."""
+    run = implementation(__name__, "encode_rows", rows.device, backend)
     codes, scales, squared_norms = run(rows, whiteners, dtype)
     if dtype == "float16" and codes.isinf().any():
         whitened, _, _ = run(rows, whiteners, "float32")
@@ -69,4 +81,21 @@ def encode_rows(
             raise ValueError(
                 f"rows[{n}] reaches {largest:.3g} in block {b}, beyond float16's 65504: use dtype float32"
             )
-    return codes, scales, squared_norms
+    if codes.data_ptr() == rows.data_ptr():  # a custom op's results are its own
+        codes = codes.clone()
+    return codes, squared_norms.new_empty(0) if scales is None else scales, squared_norms
+
+
+@_encode_rows.register_fake
+def _(
+    rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: str, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, L, d = rows.shape
+    code_dtype = DTYPES[dtype]
+    scales = (N, L) if code_dtype in NARROW else (0,)
+    float32 = torch.float32
+    return (
+        rows.new_empty(N, L, code_size(d, code_dtype), dtype=code_dtype),
+        rows.new_empty(scales, dtype=float32),
+        rows.new_empty(N, L, dtype=float32),
+    )

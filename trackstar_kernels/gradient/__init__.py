@@ -1,7 +1,5 @@
 """Per-example gradients, corrected by the optimizer's scale and projected from both sides."""
 
-from typing import NoReturn
-
 import torch
 
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
@@ -49,9 +47,8 @@ def project_gradients(
         offsets: (B + 1,) int32 or int64, for packed input only: where each example's tokens begin and, last,
             where they end, ascending from 0 to ΣT. On any device; the values are read on the host.
         backend: None, "cpu" or "triton" (float32, bfloat16 or float16) or "reference" (float64 too).
-        check_finite: refuse inputs with NaN or infinity. They show in the result, so the check is nearly free on
-            the CPU; on a GPU it waits for the kernel. False lets them through: they reach their example's row and
-            no other.
+        check_finite: refuse inputs with NaN or infinity, before anything runs; costs one sum over each of them,
+            and on a GPU a wait. False lets them through: they reach their example's row and no other.
 
     activations may be float32, bfloat16, float16 or float64; the sketches and scale that dtype or float32.
     All are widened to float32 first, and the sums are in float32; with float64 activations, both in float64.
@@ -112,12 +109,14 @@ def _project_gradients(
     if offsets is not None:
         offsets = _check_offsets(offsets, len(activations))
     run = implementation(__name__, "project_gradients", activations.device, backend)
+    if check_finite:
+        named = {"activations": activations, "output_grads": output_grads, "left": left, "right": right}
+        _check_values(named if scale is None else named | {"scale": scale})
     out = run(
         activations, output_grads, *(s if s.ndim == 3 else s[None] for s in (left, right)), scale, offsets
     )
     if check_finite and not out.isfinite().all():
-        named = {"activations": activations, "output_grads": output_grads, "scale": scale}
-        _complain_of_values({**named, "left": left, "right": right})
+        raise ValueError("the inputs are finite, but their projected gradient exceeds the largest float32")
     return out
 
 
@@ -137,15 +136,18 @@ def _(
     return activations.new_empty(batch, left.shape[-2], right.shape[-2], dtype=dtype)
 
 
-def _complain_of_values(inputs: dict[str, torch.Tensor | None]) -> NoReturn:
-    """Raise for the first input that is not finite."""
+def _check_values(inputs: dict[str, torch.Tensor]) -> None:
+    """Require finite inputs; names the first that is not, and where."""
+    # A finite sum has finite terms, and costs a fraction of looking at them.
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in inputs.values()]
+    if torch.stack([total.double() for total in sums]).isfinite().all():
+        return
     for name, tensor in inputs.items():
-        if tensor is None or (finite := tensor.isfinite()).all():
+        if (finite := tensor.isfinite()).all():
             continue
         place = finite.logical_not().nonzero()[0].tolist()
         why = ": a second moment is zero" if name == "scale" and tensor[tuple(place)].isinf() else ""
         raise ValueError(f"{name} must be finite, got {tensor[tuple(place)].item()} at {place}{why}")
-    raise ValueError("the inputs are finite, but their projected gradient exceeds the largest float32")
 
 
 def _check_offsets(offsets: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -41,6 +41,8 @@ def projection_matrix(
         device: where the result goes; the entries do not depend on it.
         backend: None, "triton" (device "cuda" only), "numba" or "reference".
 
+    Works under torch.compile and with fake tensors, as the custom op ``trackstar::projection_matrix``.
+
     Returns:
         (rows, cols) tensor.
 
@@ -60,6 +62,36 @@ def projection_matrix(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
-    device = torch.device(device)
+    # A custom op's integers are signed.
+    seed, stream = (word - 2**64 if word >= 2**63 else word for word in (seed, stream))
+    return _projection_matrix(rows, cols, seed, stream, kind, dtype, torch.device(device), backend)
+
+
+@torch.library.custom_op("trackstar::projection_matrix", mutates_args=())
+def _projection_matrix(
+    rows: int,
+    cols: int,
+    seed: int,
+    stream: int,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None,
+) -> torch.Tensor:
+    """:func:`projection_matrix`, with seed and stream as two's complement."""
     run = implementation(__name__, "projection_matrix", device, backend)
-    return run(rows, cols, seed, stream, kind, dtype, device)
+    return run(rows, cols, seed % 2**64, stream % 2**64, kind, dtype, device)
+
+
+@_projection_matrix.register_fake
+def _(
+    rows: int,
+    cols: int,
+    seed: int,
+    stream: int,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None,
+) -> torch.Tensor:
+    return torch.empty(rows, cols, dtype=dtype, device=device)

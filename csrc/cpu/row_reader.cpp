@@ -1,0 +1,127 @@
+#include "cpu/row_reader.h"
+
+#include <algorithm>
+
+namespace trackstar {
+namespace {
+
+constexpr size_t kAheadBytes = 1024;  // what is fetched before a panel kernel reads it
+constexpr size_t kLineBytes = 64;
+constexpr size_t kFetchStep = 16;  // numbers: where kernels look whether a line is due
+
+const RowKernels& row_kernels(RowType type) {
+  const ScoringKernels& kernels = scoring_kernels();
+  return type == RowType::float16    ? kernels.half
+         : type == RowType::bfloat16 ? kernels.bfloat16
+                                     : kernels.single;  // narrow rows are widened first
+}
+
+}  // namespace
+
+RowReader::RowReader(const Rows& rows, size_t tile_rows)
+    : rows_(rows),
+      kernels_(scoring_kernels()),
+      type_(row_kernels(rows.type)),
+      codes_(is_coded(rows.type) ? &code_kernels(rows.type) : nullptr),
+      block_bytes_(block_bytes(rows.type, rows.d)),
+      tile_rows_(tile_rows),
+      tile_(tile_rows + kMaxBlockRows),
+      next_tile_(tile_rows + kMaxBlockRows),
+      wide_(rows.type == RowType::float32 ? 0 : kMaxBlockRows * (codes_ ? kDepth * kernels_.lanes : kDepth)) {
+}
+
+void RowReader::open(size_t row, size_t count) {
+  row_ = row;
+  count_ = count;
+  for (size_t r = 0; r < tile_.size(); ++r) {
+    const size_t n = row + std::min(r, count - 1);
+    tile_[r] = at(n);
+    next_tile_[r] = at(std::min(n + tile_rows_, rows_.N - 1));
+  }
+}
+
+void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t begin, size_t end,
+                         float* out, size_t stride) {
+  if (matrix.panels().empty()) {
+    multiply_few(b, matrix, matrix_b, out, stride);
+    return;
+  }
+  const size_t block_rows = matrix.block_rows(), row_bytes = rows_.L * block_bytes_;
+  const bool widen = !wide_.empty();
+  for (size_t i = 0; i < rows_.d; i += kDepth) {
+    const size_t depth = std::min(kDepth, rows_.d - i);
+    // What is read kAheadBytes later lies in the same row, or a tile further.
+    const size_t bytes = block_bytes(rows_.type, depth);
+    const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i), later = offset + kAheadBytes;
+    const char* const* const ahead_rows = later < row_bytes ? tile_.data() : next_tile_.data();
+    const size_t ahead_offset = later < row_bytes ? later : std::min(later - row_bytes, row_bytes);
+    for (size_t first = 0; first < count_; first += block_rows) {
+      const float* rows[kMaxBlockRows];
+      const char* ahead[kMaxBlockRows];
+      float scale[kMaxBlockRows];
+      for (size_t r = 0; r < block_rows; ++r) {
+        rows[r] = reinterpret_cast<const float*>(tile_[first + r] + offset);
+        ahead[r] = ahead_rows[first + r] + ahead_offset;
+      }
+      scales(b, first, block_rows, scale);
+      if (widen) {
+        for (size_t r = 0; r < block_rows; ++r) {
+          float* wide = wide_.data() + r * kDepth;
+          widen_row(rows[r], depth, wide);
+          rows[r] = wide;
+        }
+      }
+      // The first panel fetches for all.
+      Fetch fetch{ahead, std::max<size_t>(1, kLineBytes * depth / bytes / kFetchStep) * kFetchStep};
+      for (size_t p = begin; p < end; ++p, fetch = {nullptr, 0}) {
+        const Matrix::Panel& panel = matrix.panels()[p];
+        panel.kernel->run(rows, matrix.panel_at(panel, matrix_b, i), depth, fetch, scale,
+                          out + first * stride + panel.first, stride);
+      }
+    }
+  }
+}
+
+void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride) {
+  const DotKernel& kernel = type_.dot[matrix.count() - 1];
+  const size_t block_rows = kernel.rows, max_depth = kDepth * kernels_.lanes;
+  for (size_t first = 0; first < count_; first += block_rows) {
+    for (size_t i = 0; i < rows_.d; i += max_depth) {
+      const size_t depth = std::min(max_depth, rows_.d - i);
+      const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i);
+      const size_t end = offset + block_bytes(rows_.type, depth);
+      const bool last = end == rows_.L * block_bytes_;
+      const void *rows[kMaxBlockRows], *next[kMaxBlockRows];
+      float scale[kMaxBlockRows];
+      for (size_t r = 0; r < block_rows; ++r) {
+        rows[r] = tile_[first + r] + offset;
+        next[r] = last ? next_tile_[first + r] : tile_[first + r] + end;
+        if (codes_) {
+          float* wide = wide_.data() + r * kDepth * kernels_.lanes;
+          widen_row(rows[r], depth, wide);
+          rows[r] = next[r] = wide;
+        }
+      }
+      scales(b, first, block_rows, scale);
+      kernel.run(rows, next, matrix.interleaved_at(matrix_b, i), depth, scale, out + first * stride, stride);
+    }
+  }
+}
+
+// n numbers of a block as floats, not scaled.
+void RowReader::widen_row(const void* stored, size_t n, float* out) const {
+  if (codes_) {
+    codes_->widen(static_cast<const uint8_t*>(stored), n, out);
+  } else {
+    type_.widen(stored, n, out);
+  }
+}
+
+// Those of block b of a block of the tile's rows.
+void RowReader::scales(size_t b, size_t first, size_t block_rows, float* out) const {
+  for (size_t r = 0; r < block_rows; ++r) {
+    out[r] = rows_.scales ? rows_.scales[(row_ + std::min(first + r, count_ - 1)) * rows_.L + b] : 1.0f;
+  }
+}
+
+}  // namespace trackstar
