@@ -80,10 +80,13 @@ class Scan:
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
             for piece in pieces:
                 k = min(self.k, len(piece))
-                for one in best:
-                    scores, positions = task.topk(
-                        piece.codes, piece.squared_norms, k, scales=piece.scales, largest=one.largest
-                    )
+                arrays = piece.codes, piece.squared_norms, k
+                if len(best) == 1:
+                    found = (task.topk(*arrays, scales=piece.scales, largest=best[0].largest),)
+                else:
+                    highest, lowest = task.extremes(*arrays, scales=piece.scales)
+                    found = tuple(highest if one.largest else lowest for one in best)
+                for one, (scores, positions) in zip(best, found, strict=True):
                     one.add(scores, piece.rows[positions])
                 advance(len(piece))
         return [one.merged() for one in best]

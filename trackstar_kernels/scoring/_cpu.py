@@ -13,6 +13,8 @@ from trackstar_kernels.scoring._merge import merge_topk
 TRUSTED_DIFFERENCE = 0.05
 TRUSTED_SQUARE = 0.05**2
 
+Found = tuple[torch.Tensor, torch.Tensor]  # scores and indices
+
 SCRATCH = 64 * 2**20  # bytes of working memory for doing that
 
 
@@ -25,24 +27,35 @@ def score_topk(
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None."""
+    (found,) = _score_ends(queries, rows, k, scales, (largest,), start)
+    return found
+
+
+def _score_ends(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    ends: tuple[bool, ...],
+    start: int,
+) -> list[Found]:
+    """One scan; the results of each of ``ends``, True for the largest scores."""
     queries = queries.contiguous()
     rows = _readable(rows, queries.shape[2])
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-    scores, indices = _results(len(queries), k)
+    results = [_results(len(queries), k) for _ in ends]
     _C.score_topk(
         queries=queries.data_ptr(),
         rows=_rows_at(rows, scales),
-        tops=[_top_at(scores, indices, largest)],
+        tops=_tops_at(results, ends),
         threads=torch.get_num_threads(),
     )
-    return scores, indices.add_(start)
+    return [(scores, indices.add_(start)) for scores, indices in results]
 
 
-def prepare_task(
-    queries: torch.Tensor, mixing: float, asked: slice
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> Callable[..., list[Found]]:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return (_CosineTask(queries[asked]) if mixing == 0 else _MixedTask(queries, mixing, asked)).topk
+    return (_CosineTask(queries[asked]) if mixing == 0 else _MixedTask(queries, mixing, asked)).scan
 
 
 class _CosineTask:
@@ -52,21 +65,21 @@ class _CosineTask:
         wide = queries.double()
         self.unit = (wide * _inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
 
-    def topk(
+    def scan(
         self,
         rows: torch.Tensor,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
+        ends: tuple[bool, ...],
         start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> list[Found]:
         unit = self.unit
         inverse = _inverse_root(squared_norms.sum(1, keepdim=True))
         scales = inverse if scales is None else scales * inverse
         if scales.shape[1] == 1 and rows.dtype not in NARROW:
             unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
-        return score_topk(unit, rows, k, scales, largest, start)
+        return _score_ends(unit, rows, k, scales, ends, start)
 
 
 class _MixedTask:
@@ -93,39 +106,41 @@ class _MixedTask:
         weights = _inverse_root(squares[asked]).float()
         self.panels.set_weights(weights.data_ptr())
 
-    def topk(
+    def scan(
         self,
         rows: torch.Tensor,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
+        ends: tuple[bool, ...],
         start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> list[Found]:
         narrow = rows.dtype in NARROW
         rows, squared_norms = _readable(rows, self.queries.shape[2]), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-        scores, indices = _results(len(self.queries[self.asked]), k)
+        results = [_results(len(self.queries[self.asked]), k) for _ in ends]
         doubtful = torch.ones(len(rows), dtype=torch.bool)
         if not (narrow and _many(self.queries)):
             _C.mixed_topk(
                 task=self.panels,
                 squared_norms=squared_norms.data_ptr(),
                 rows=_rows_at(rows, scales),
-                tops=[_top_at(scores, indices, largest)],
+                tops=_tops_at(results, ends),
                 doubtful=doubtful.data_ptr(),
                 threads=torch.get_num_threads(),
             )
         redo = doubtful.nonzero()[:, 0]
         found = min(k, len(rows) - len(redo))
-        scores, indices = scores[:, :found], indices[:, :found]
+        results = [(scores[:, :found], indices[:, :found]) for scores, indices in results]
         Q, _, d = self.queries.shape
         for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))) if len(redo) else ():
             known = squared_norms[positions] if narrow else None
             precise = _precise_scores(self.queries, rows, scales, self.mixing, positions, known)[self.asked]
-            parts = [(scores, indices), (precise, positions.expand_as(precise))]
-            scores, indices = merge_topk(parts, k, largest)
-        return scores, indices.add_(start)
+            more = precise, positions.expand_as(precise)
+            results = [
+                merge_topk([result, more], k, largest) for result, largest in zip(results, ends, strict=True)
+            ]
+        return [(scores, indices.add_(start)) for scores, indices in results]
 
 
 def _inverse_root(squares: torch.Tensor) -> torch.Tensor:
@@ -231,6 +246,14 @@ def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None) -> _C.Rows:
     )
 
 
-def _top_at(scores: torch.Tensor, indices: torch.Tensor, largest: bool) -> _C.TopK:
-    Q, k = scores.shape
-    return _C.TopK(Q=Q, k=k, largest=largest, scores=scores.data_ptr(), positions=indices.data_ptr())
+def _tops_at(results: list[Found], ends: tuple[bool, ...]) -> list[_C.TopK]:
+    return [
+        _C.TopK(
+            Q=scores.shape[0],
+            k=scores.shape[1],
+            largest=largest,
+            scores=scores.data_ptr(),
+            positions=indices.data_ptr(),
+        )
+        for (scores, indices), largest in zip(results, ends, strict=True)
+    ]
