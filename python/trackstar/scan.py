@@ -82,10 +82,10 @@ class Scan:
                 k = min(self.k, len(piece))
                 arrays = piece.codes, piece.squared_norms, k
                 if len(best) == 1:
-                    found = (task.topk(*arrays, scales=piece.scales, largest=best[0].largest),)
+                    found = [task.topk(*arrays, scales=piece.scales, largest=best[0].largest)]
                 else:
                     highest, lowest = task.extremes(*arrays, scales=piece.scales)
-                    found = tuple(highest if one.largest else lowest for one in best)
+                    found = [highest if one.largest else lowest for one in best]
                 for one, (scores, positions) in zip(best, found, strict=True):
                     one.add(scores, piece.rows[positions])
                 advance(len(piece))
