@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import make_llama
+from test_optimizer_states import a_safetensors_file, a_sharded_state, a_trainer_folder, adam
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trackstar.cli import app, main
 from transformers import PreTrainedTokenizerFast
@@ -152,6 +154,31 @@ def test_info_and_verify(store, monkeypatch, capsys):
     assert '"kind": "countsketch"' in out
     code, out, _ = call_main(monkeypatch, capsys, "verify", store)
     assert (code, out.strip()) == (0, "18 rows in 1 shards, all as written; complete")
+
+
+@pytest.mark.parametrize("form", ["file", "distributed", "safetensors"])
+def test_an_optimizer_state_of_any_form(folder, monkeypatch, capsys, tmp_path, form):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    optimizer = adam(model)
+    saved = tmp_path / "checkpoint"
+    saved.mkdir()
+    {"file": a_trainer_folder, "distributed": a_sharded_state, "safetensors": a_safetensors_file}[form](
+        model, optimizer, saved
+    )
+    options = ("--data", folder / "data.jsonl", "--optimizer", saved, "--correction", "exact", "--sketch", 4)
+    arguments = ("build", "--model", folder / "model", "--out", tmp_path / "s", *options)
+    code, _, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    _, out, _ = call_main(monkeypatch, capsys, "info", tmp_path / "s")
+    assert '"source": "optimizer:adam"' in out
+
+    make_llama(intermediate_size=40, vocab_size=len(WORDS) + 1).save_pretrained(tmp_path / "other")
+    save_tokenizer(tmp_path / "other", WORDS)
+    arguments = ("build", "--model", tmp_path / "other", "--out", tmp_path / "t", *options)
+    code, _, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert "has shape (44, 32), the parameter (40, 32)" in err
+    assert err.count("\n") == 1
 
 
 def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):

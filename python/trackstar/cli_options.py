@@ -47,7 +47,10 @@ DataOption = Annotated[Path, typer.Option("--data", help='JSONL of {"text": …}
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 OptimizerOption = Annotated[
     Path | None,
-    typer.Option(help="Saved optimizer state (optimizer.pt or a folder with one) for the correction."),
+    typer.Option(
+        help="Saved optimizer state for the correction: a torch.save or safetensors file, an index of safetensors "
+        "shards, a torch.distributed.checkpoint folder, or a Trainer or accelerate checkpoint."
+    ),
 ]
 CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
 SketchOption = Annotated[

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 
 from trackstar_kernels import _C
-from trackstar_kernels._codes import NARROW, unpack
+from trackstar_kernels._codes import DTYPES, NARROW
 from trackstar_kernels.scoring._hessian import CosineTask, Hessian, inverse_root
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.bfloat16: "bfloat16"}
 
 
 def score_topk(
@@ -19,12 +21,12 @@ def score_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None."""
     queries = queries.contiguous()
-    rows = _readable(rows, queries.shape[2])
+    rows = _readable(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
     scores, indices = _results(len(queries), k)
     _C.score_topk(
         queries=queries.data_ptr(),
-        rows=_rows_at(rows, scales),
+        rows=_rows_at(rows, scales, queries.shape[2]),
         tops=[_top_at(scores, indices, largest)],
         threads=torch.get_num_threads(),
     )
@@ -73,19 +75,18 @@ class _MixedTask:
         start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hessian, narrow = self.hessian, rows.dtype in NARROW
-        rows, squared_norms = _readable(rows, hessian.queries.shape[2]), squared_norms.contiguous()
+        rows, squared_norms = _readable(rows), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
         scores, indices = _results(len(hessian.queries[hessian.asked]), k)
-        doubtful = torch.ones(len(rows), dtype=torch.bool)
-        if not (narrow and hessian.many):
-            _C.mixed_topk(
-                task=self.panels,
-                squared_norms=squared_norms.data_ptr(),
-                rows=_rows_at(rows, scales),
-                tops=[_top_at(scores, indices, largest)],
-                doubtful=doubtful.data_ptr(),
-                threads=torch.get_num_threads(),
-            )
+        doubtful = torch.empty(len(rows), dtype=torch.bool)
+        _C.mixed_topk(
+            task=self.panels,
+            squared_norms=squared_norms.data_ptr(),
+            rows=_rows_at(rows, scales, hessian.queries.shape[2]),
+            tops=[_top_at(scores, indices, largest)],
+            doubtful=doubtful.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
         known = squared_norms if narrow else None
         scores, indices = hessian.rescored((scores, indices), doubtful, rows, scales, known, k, largest)
         return scores, indices.add_(start)
@@ -94,10 +95,8 @@ class _MixedTask:
 # ---- Tensors as csrc takes them ----------------------------------------------------------------------------
 
 
-def _readable(rows: torch.Tensor, d: int) -> torch.Tensor:
-    """The rows (N, L, d), copied unless each of them is dense floats."""
-    if rows.dtype in NARROW:
-        return unpack(rows, d).half()
+def _readable(rows: torch.Tensor) -> torch.Tensor:
+    """The rows, copied unless each of them is dense."""
     return rows if rows[0].is_contiguous() else rows.contiguous()
 
 
@@ -105,11 +104,11 @@ def _results(Q: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(Q, k), torch.empty(Q, k, dtype=torch.int64)
 
 
-def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None) -> _C.Rows:
-    N, L, d = rows.shape
+def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None, d: int) -> _C.Rows:
+    N, L, _ = rows.shape
     return _C.Rows(
         values=rows.data_ptr(),
-        type=str(rows.dtype).removeprefix("torch."),
+        type=NAMES[rows.dtype],
         stride=rows.stride(0),
         scales=0 if scales is None else scales.data_ptr(),
         N=N,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from trackstar_kernels._codes import NARROW
+from trackstar_kernels._codes import NARROW, decode_rows
 from trackstar_kernels.scoring._merge import merge_topk
 
 # Float32 keeps the squared norm of a row to about 2⁻²⁴ of ‖y‖² where terms of that size cancel, and its root
@@ -121,9 +121,9 @@ class Hessian:
         row_squares = self.queries.new_zeros(n, dtype=torch.float64)
         kept = self.queries.new_zeros(n, dtype=torch.float64)
         for block, (factor, combine, square) in enumerate(self.blocks()):
-            y = rows[positions, block].double()
-            if scales is not None:
-                y *= scales[positions, block, None]
+            block_scales = None if scales is None else scales[positions, block : block + 1]
+            codes = rows[positions, block : block + 1]
+            y = decode_rows(codes, block_scales, self.queries.shape[2], torch.float64)[:, 0]
             t = factor @ y.T
             numerators.addmm_(combine, t)
             query_squares += square
