@@ -27,6 +27,9 @@ SLACK = 8 << 20
 LEAST_ROWS = 64
 """Rows that a piece can always hold: with fewer, a scan would mostly wait."""
 
+UNPACKED = {"int8": 3, "int4": 6, "sign": 12}
+"""Bytes that the numbers of a narrow row take one by one, while they are scored."""
+
 CPU = torch.device("cpu")
 
 Found = tuple[torch.Tensor, torch.Tensor]
@@ -181,7 +184,7 @@ def fit_scan(
     else:
         per_query += 20 * L * d
         per_row = 4 * L
-    per_row += 32 + copies * layout.row_bytes
+    per_row += 32 + copies * layout.row_bytes + UNPACKED.get(layout.dtype, 0) * L * d
     least = fixed + per_query + LEAST_ROWS * per_row
     if memory < least:
         raise ValueError(
