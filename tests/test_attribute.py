@@ -224,7 +224,7 @@ def test_an_incomplete_store_is_refused(made, tmp_path):
     model, _, _, store = made
     manifest = Manifest.read(store.path)
     (tmp_path / "s").mkdir()
-    Manifest(manifest.identity, manifest.row_shape, manifest.total).write(tmp_path / "s")
+    Manifest(manifest.identity, manifest.row_shape, manifest.parts, manifest.total).write(tmp_path / "s")
     with pytest.raises(StoreError, match="is not complete: run its build again"):
         attribute(open_store(tmp_path / "s"), model, make_queries(1))
 

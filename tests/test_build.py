@@ -144,8 +144,8 @@ def changed_model():
     ("change", "field"),
     [
         ({"model": "another"}, "model.fingerprint"),
-        ({"examples": make_examples(LENGTHS, seed=1)}, "data.fingerprint"),
-        ({"examples": make_examples(LENGTHS[1:])}, "data.examples = 11, this build has 10"),
+        ({"examples": make_examples(LENGTHS, seed=1)}, "data[0].fingerprint"),
+        ({"examples": make_examples(LENGTHS[1:])}, "data[0].examples = 11, this build has 10"),
         ({"spec": SketchSpec(sketch=5)}, "spec.sketch = 4, this build has 5"),
         (
             {"spec": SketchSpec(sketch=4, modules=["*q_proj"])},
@@ -227,7 +227,7 @@ def test_unusable_examples(tmp_path, llama, examples, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "int3"}, "dtype must be one of float32, float16; got 'int3'"),
+        ({"dtype": "int3"}, "dtype must be one of float32, float16, int8, int4, sign; got 'int3'"),
         ({"sample": 0}, "sample must be an int of at least 1, got 0"),
         ({"sample": 2.5}, "sample must be an int of at least 1, got 2.5"),
         ({"shard_rows": True}, "shard_rows must be an int of at least 1, got True"),

@@ -12,18 +12,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from trackstar.append import append_store as append_store
     from trackstar.attribution import Result as Result
     from trackstar.attribution import attribute as attribute
     from trackstar.build import build_store as build_store
     from trackstar.collector import GradientCollector as GradientCollector
     from trackstar.correction import Correction as Correction
+    from trackstar.deletion import delete_rows as delete_rows
+    from trackstar.errors import StoreError as StoreError
+    from trackstar.merge import merge_stores as merge_stores
     from trackstar.passes import collect_rows as collect_rows
+    from trackstar.repair import repair_store as repair_store
     from trackstar.report import print_result as print_result
+    from trackstar.rewriting import reencode_store as reencode_store
+    from trackstar.rewriting import rewhiten_store as rewhiten_store
     from trackstar.second_moments import SecondMoments as SecondMoments
     from trackstar.spec import SketchSpec as SketchSpec
     from trackstar.store import Store as Store
-    from trackstar.store import StoreError as StoreError
     from trackstar.store import open_store as open_store
+    from trackstar.verify import verify_store as verify_store
 
 _HOMES = {
     "Correction": "correction",
@@ -32,12 +39,19 @@ _HOMES = {
     "SecondMoments": "second_moments",
     "SketchSpec": "spec",
     "Store": "store",
-    "StoreError": "store",
+    "StoreError": "errors",
+    "append_store": "append",
     "attribute": "attribution",
     "build_store": "build",
     "collect_rows": "passes",
+    "delete_rows": "deletion",
+    "merge_stores": "merge",
     "open_store": "store",
     "print_result": "report",
+    "reencode_store": "rewriting",
+    "repair_store": "repair",
+    "rewhiten_store": "rewriting",
+    "verify_store": "verify",
 }
 
 __all__ = sorted(_HOMES)

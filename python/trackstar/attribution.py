@@ -100,19 +100,7 @@ def query_rows(
     loss = output_function(output)
     check_vocabulary(queries, vocabulary_size(model), "queries")
     check_model(model)
-    built: Any = store.identity
-    found = fingerprint.of_model(model)
-    for field, value in found.items():
-        if built["model"][field] != value:
-            raise StoreError(
-                f"model must be the one that {store.path} was built with: its {field} is "
-                f"{built['model'][field]!r}, this model's is {value!r}"
-            )
-    vocabulary = fingerprint.of_tokenizer(tokenizer)
-    if None not in (vocabulary, built["tokenizer"]) and vocabulary != built["tokenizer"]:
-        raise StoreError(
-            f"tokenizer must be the one that {store.path} was built with; this one's vocabulary differs"
-        )
+    fingerprint.require_same(model, tokenizer, store)
     collector = GradientCollector(model, store.spec, store.correction)
     lean = LeanPass(model, collector.modules.values())
     return rows_of(lean, queries, collector, loss=loss)
@@ -144,8 +132,7 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    if not store.complete:
-        raise StoreError(f"the store at {store.path} is not complete: run its build again to finish it")
+    store.require_complete()
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(store):
         raise ValueError(f"k must be an int from 1 to {len(store)} (the store's examples), got {k!r}")
     if mixing == "auto":
@@ -154,19 +141,24 @@ def score_rows(
         raise ValueError(f'mixing must be "auto" or a number with 0 ≤ mixing < 1, got {mixing!r}')
     whitened, _, _ = encode_rows(rows, store.curvature.whitener, "float32")
     best: tuple[torch.Tensor, torch.Tensor] | None = None
-    for shard, stored, squared_norms in store.scan():
-        found = mixed_topk(
+    for shard in store.shards:
+        live = shard.live
+        if len(live) == 0:
+            continue
+        whole = len(live) == len(shard)
+        scores, positions = mixed_topk(
             whitened,
-            stored,
-            squared_norms,
-            min(k, len(stored)),
+            shard.codes if whole else shard.codes[live],
+            shard.squared_norms if whole else shard.squared_norms[live],
+            min(k, len(live)),
             float(mixing),
+            scales=shard.scales if whole or shard.scales is None else shard.scales[live],
             largest=largest,
-            start=shard.start,
         )
+        found = scores, live[positions] + shard.start
         best = merge_topk([found] if best is None else [best, found], k, largest=largest)
     if best is None:
-        raise StoreError(f"the store at {store.path} holds no shards")
+        raise StoreError(f"the store at {store.path} holds no rows")
     return *best, float(mixing)
 
 

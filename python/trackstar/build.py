@@ -6,14 +6,12 @@ only once: its rows are kept until they have been whitened. A shard is a pure fu
 R_train and its range of examples, so a build that was killed and taken up again gives the same bytes.
 """
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 from torch import nn
@@ -21,36 +19,26 @@ from torch import nn
 from trackstar import fingerprint
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
-from trackstar.curvature import DAMPING, estimate_curvature
+from trackstar.curvature import DAMPING, Curvature, estimate_curvature
+from trackstar.durable import remove_folder
 from trackstar.examples import Encoded, check_vocabulary, encode_examples
+from trackstar.layout import CODES, WIDE
 from trackstar.lean import LeanPass
-from trackstar.manifest import Manifest, StoreError, make_folder
+from trackstar.manifest import Manifest
 from trackstar.passes import check_model, position_limit, rows_of, vocabulary_size
 from trackstar.plan import plan_build
 from trackstar.progress import console, track
+from trackstar.shard import StoredRows, write_shard
 from trackstar.spec import SketchSpec
 from trackstar.store import Store, open_store
-from trackstar.writing import (
-    read_staged,
-    remove_folder,
-    write_correction,
-    write_curvature,
-    write_shard,
-    write_staged,
-)
-from trackstar_kernels import encode_rows
-
-DTYPES = ("float32", "float16")
-"""Dtypes of stored rows."""
+from trackstar.writer import Writer, making
+from trackstar.writing import read_staged, write_correction, write_curvature, write_staged
 
 SAMPLE = 10_000
 """Examples that R_train is the mean over, where there are more."""
 
 SHARD_BYTES = 64 << 20
 """Float32 bytes of a shard's rows: what an interruption can cost, and what a scan keeps mapped."""
-
-UNCOMMITTED = {"lock", "manifest.json.new", "correction.safetensors.new", "correction.safetensors"}
-"""All that a build killed before its first commit can leave."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,6 @@ class _Build:
     lean: LeanPass
     examples: Sequence[Encoded]
     collector: GradientCollector
-    dtype: str
     sample: int
     shard_rows: int
 
@@ -80,14 +67,10 @@ class _Build:
         """Where the rows of the sample's ``number``-th chunk wait."""
         return self.path / "staging" / f"{number:08d}"
 
-    def chunks(self, count: int) -> list[tuple[int, int]]:
-        """``count`` examples in ranges of a shard each."""
-        return [(start, min(start + self.shard_rows, count)) for start in range(0, count, self.shard_rows)]
-
     def waiting(self) -> list[tuple[int, int, int]]:
         """Chunks of the sample whose rows are not staged: (number, start, stop)."""
-        chunks = enumerate(self.chunks(self.sample))
-        return [(i, start, stop) for i, (start, stop) in chunks if not self.staged(i).is_dir()]
+        ranges = enumerate(chunks(self.sample, self.shard_rows))
+        return [(i, start, stop) for i, (start, stop) in ranges if not self.staged(i).is_dir()]
 
     def pending_tokens(self, manifest: Manifest) -> int:
         """Tokens that the model has yet to run over."""
@@ -109,6 +92,8 @@ def build_store(
     spec: SketchSpec | None = None,
     correction: Correction | None = None,
     dtype: str = "float16",
+    wide: str | None = None,
+    curvature: Curvature | None = None,
     resume: bool = True,
     sample: int = SAMPLE,
     shard_rows: int | None = None,
@@ -121,11 +106,15 @@ def build_store(
     Args:
         path: folder of the store; made if missing.
         model: a causal language model of transformers, with finite weights.
-        examples: {"text": …} or {"input_ids": …, "labels": … (optional)}, each with an optional "id".
+        examples: {"text": …} or {"input_ids": …, "labels": … (optional)}, each with an optional "id" and optional
+            "metadata", a mapping of JSON values.
         tokenizer: the model's, for examples given as text.
         spec: what to capture and how to sketch it; None is ``SketchSpec()``.
         correction: optimizer correction, kept in the store so that queries get the same; None for none.
-        dtype: "float16" or "float32".
+        dtype: "float32", "float16", "int8", "int4" or "sign".
+        wide: "float16" or "float32" keeps a wider copy of the rows beside int8, int4 or sign codes, from which the
+            best are scored anew, so that answers are exactly those of the wider rows; None keeps the codes alone.
+        curvature: R_train of another store, so that the two can be merged; None estimates it.
         resume: False refuses a path that already holds a store.
         sample: examples that R_train is estimated from; all, where there are no more.
         shard_rows: examples per shard; None for about 64 MB of float32.
@@ -141,8 +130,7 @@ def build_store(
         FloatingPointError: an example's gradient is NaN or Inf.
     """
     path = Path(path)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    check_dtypes(dtype, wide)
     for name, value in (("sample", sample), ("shard_rows", 1 if shard_rows is None else shard_rows)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
@@ -152,104 +140,112 @@ def build_store(
     check_model(model)
     collector = GradientCollector(model, spec, correction)
     blocks, size = collector.row_shape
+    if curvature is not None and curvature.train.shape != (blocks, size, size):
+        raise ValueError(
+            f"curvature must have shape {(blocks, size, size)}, got {tuple(curvature.train.shape)}: "
+            "is it of another spec?"
+        )
     if shard_rows is None:
         shard_rows = min(max(SHARD_BYTES // (4 * blocks * size), 16), 4096)
     lean = LeanPass(model, collector.modules.values())
-    build = _Build(path, lean, encoded, collector, dtype, min(sample, len(encoded)), shard_rows)
+    sample = 0 if curvature is not None else min(sample, len(encoded))
+    build = _Build(path, lean, encoded, collector, sample, shard_rows)
     identity = {
         "spec": spec.as_dict(),
         "dtype": dtype,
+        "wide": wide,
+        "narrowed": None,
         "model": fingerprint.of_model(model),
         "tokenizer": fingerprint.of_tokenizer(tokenizer),
-        "data": fingerprint.of_examples(encoded),
         "correction": fingerprint.of_correction(correction),
-        "curvature": {"sample": build.sample, "damping": DAMPING},
+        "curvature": {"sample": sample, "damping": DAMPING}
+        if curvature is None
+        else {"given": fingerprint.of_curvature(curvature)},
         "shard_rows": shard_rows,
     }
-    with _exclusive(path):
-        manifest = _open_or_create(build, identity, correction, resume)
-        if not manifest.complete:
+    begun = Manifest(identity, (blocks, size), (fingerprint.of_examples(encoded),), len(encoded))
+    with making(path, begun, resume=resume) as writer:
+        if writer.manifest.committed < len(encoded):
             plan = plan_build(
                 lean,
                 encoded,
                 collector,
                 correction,
-                dtype,
+                writer.manifest.layout,
                 build.sample,
                 path,
-                written=manifest.committed,
-                pending=build.pending_tokens(manifest),
+                written=writer.manifest.committed,
+                pending=build.pending_tokens(writer.manifest),
             )
             console().print(str(plan), soft_wrap=True)
             for reason in lean.skipped:
                 console().print(f"slower than it could be: {reason}", soft_wrap=True)
             plan.require_disk()
-        if manifest.curvature is None:
-            manifest = _commit_curvature(build, manifest)
-        _commit_shards(build, manifest)
+            if correction is not None and writer.manifest.correction is None:
+                writer.commit(replace(writer.manifest, correction=write_correction(path, correction)))
+            if writer.manifest.curvature is None:
+                _commit_curvature(build, writer, curvature)
+            commit_rows(writer, encoded, 0, build.shard_rows, lambda *job: _rows(build, *job))
         remove_folder(path / "staging")
     return open_store(path)
 
 
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold the store's lock, which the system lets go of however this process ends."""
-    if path.exists() and not path.is_dir():
-        raise StoreError(f"path must be a folder, got the file {path}")
-    make_folder(path)
-    names = {entry.name for entry in path.iterdir()}
-    if "manifest.json" not in names and names - UNCOMMITTED:
-        raise StoreError(
-            f"path must be an empty folder or hold a store; {path} holds {min(names - UNCOMMITTED)!r} "
-            "and no manifest.json"
+def check_dtypes(dtype: str, wide: str | None) -> None:
+    """Require dtypes that a store can be of.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if dtype not in CODES:
+        raise ValueError(f"dtype must be one of {', '.join(CODES)}; got {dtype!r}")
+    if wide is not None and (wide not in WIDE or dtype in WIDE):
+        raise ValueError(
+            f"wide must be None, or {' or '.join(WIDE)} beside int8, int4 or sign; got {wide!r} beside {dtype}"
         )
-    lock = filelock.FileLock(path / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise StoreError(f"another process is building the store at {path}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
-def _open_or_create(
-    build: _Build, identity: dict[str, Any], correction: Correction | None, resume: bool
-) -> Manifest:
-    manifest = Manifest.read(build.path)
-    if manifest is not None:
-        if not resume:
-            raise StoreError(f"path must not hold a store when resume=False; {build.path} does")
-        difference = first_difference(manifest.identity, identity)
-        if difference is not None:
-            field, kept, wanted = difference
-            raise StoreError(
-                f"the store at {build.path} was built with {field} = {kept!r}, this build has {wanted!r}: "
-                "build into another folder"
-            )
-        return manifest
-    for name in UNCOMMITTED - {"lock"}:
-        (build.path / name).unlink(missing_ok=True)
-    record = None if correction is None else write_correction(build.path, correction)
-    manifest = Manifest(identity, build.collector.row_shape, len(build.examples), record)
-    manifest.write(build.path)
-    return manifest
+def commit_rows(
+    writer: Writer,
+    examples: Sequence[Encoded],
+    first: int,
+    shard_rows: int,
+    rows_of_shard: Callable[[int, int, int, Callable[[int], None]], torch.Tensor],
+) -> None:
+    """Whiten, write and commit every shard of ``examples`` that is not there yet.
+
+    Args:
+        writer: of the store.
+        examples: those that the store's rows from ``first`` on are of.
+        first: where they begin; the store holds at least as many rows.
+        shard_rows: examples per shard.
+        rows_of_shard: rows (n, L, d) float32 of examples[start:stop], given (number of the shard among these
+            examples, start, stop, what to tell how many are done).
+    """
+    layout = writer.manifest.layout
+    done = writer.manifest.committed - first
+    if done == len(examples):
+        return
+    whitener = Store(writer.path, writer.manifest).curvature.whitener
+    with track("writing", len(examples), done) as advance:
+        for number, (start, stop) in enumerate(chunks(len(examples), shard_rows)):
+            if start >= done:
+                rows = StoredRows.encode(rows_of_shard(number, start, stop, advance), whitener, layout)
+                shard = write_shard(writer.path, layout, first + start, rows, examples[start:stop])
+                writer.commit_shard(shard)
 
 
-def first_difference(kept: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Where two trees of JSON values first differ: (dotted name, left, right), or None."""
-    if isinstance(kept, dict) and isinstance(wanted, dict):
-        for key in wanted | kept:
-            found = first_difference(kept.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-            if found is not None:
-                return found
-        return None
-    return None if kept == wanted else (name, kept, wanted)
+def chunks(count: int, size: int) -> list[tuple[int, int]]:
+    """``count`` things in ranges of ``size``."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _commit_curvature(build: _Build, manifest: Manifest) -> Manifest:
-    """Collect the sample's rows, chunk by chunk, and commit R_train."""
+def _commit_curvature(build: _Build, writer: Writer, given: Curvature | None) -> None:
+    """Commit R_train: ``given``, or collected from the sample, chunk by chunk."""
+    rotated = writer.manifest.layout.narrow
+    if given is not None:
+        found = given.with_rotation(rotated)
+        writer.commit(replace(writer.manifest, curvature=write_curvature(build.path, found)))
+        return
     indices = build.sample_indices()
     waiting = build.waiting()
     done = len(indices) - sum(stop - start for _, start, stop in waiting)
@@ -259,32 +255,12 @@ def _commit_curvature(build: _Build, manifest: Manifest) -> Manifest:
             examples = [build.examples[i] for i in indices[start:stop]]
             rows = rows_of(build.lean, examples, build.collector, on_batch=advance)
             write_staged(build.staged(number), rows.numpy())
-    numbers = range(len(build.chunks(build.sample)))
+    numbers = range(len(chunks(build.sample, build.shard_rows)))
     staged = (torch.from_numpy(read_staged(build.staged(number))) for number in numbers)
-    curvature = estimate_curvature(staged, *build.collector.row_shape)
-    manifest = replace(manifest, curvature=write_curvature(build.path, curvature))
-    manifest.write(build.path)
+    found = estimate_curvature(staged, *build.collector.row_shape, rotated=rotated)
+    writer.commit(replace(writer.manifest, curvature=write_curvature(build.path, found)))
     if build.sampled:
         remove_folder(build.path / "staging")
-    return manifest
-
-
-def _commit_shards(build: _Build, manifest: Manifest) -> Manifest:
-    """Whiten, write and commit every shard that is not there yet."""
-    total = len(build.examples)
-    done = manifest.committed
-    whitener = Store(build.path, manifest).curvature.whitener if done < total else None
-    with track("writing", total, done) as advance:
-        for number, (start, stop) in enumerate(build.chunks(total)):
-            if stop <= done:
-                continue
-            rows = _rows(build, number, start, stop, advance)
-            codes, _, squared_norms = encode_rows(rows, whitener, build.dtype)
-            examples = build.examples[start:stop]
-            shard = write_shard(build.path, start, examples, codes.numpy(), squared_norms.numpy())
-            manifest = replace(manifest, shards=(*manifest.shards, shard))
-            manifest.write(build.path)
-    return manifest
 
 
 def _rows(build: _Build, number: int, start: int, stop: int, advance: Callable[[int], None]) -> torch.Tensor:

@@ -1,11 +1,29 @@
 """The command line. Heavy imports wait until a command needs them, so that help is instant."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from trackstar import cli_stores
+from trackstar.cli_options import (
+    BlocksOption,
+    CorrectionKind,
+    CorrectionOption,
+    DataOption,
+    Dtype,
+    DtypeOption,
+    KindOption,
+    ModelOption,
+    OptimizerOption,
+    SketchKind,
+    SketchOption,
+    StoreArgument,
+    WideOption,
+    load_model,
+    read_jsonl,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -13,49 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Trace what a language model says back to its training examples.",
 )
-
-
-class CorrectionKind(StrEnum):
-    """Forms of the optimizer correction."""
-
-    none = "none"
-    rank = "rank"
-    exact = "exact"
-
-
-class Dtype(StrEnum):
-    """Dtypes of stored rows."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
-class SketchKind(StrEnum):
-    """Kinds of random projections: see SketchSpec."""
-
-    rademacher = "rademacher"
-    gaussian = "gaussian"
-    countsketch = "countsketch"
-
-
-ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a transformers causal language model.")]
-DataOption = Annotated[Path, typer.Option("--data", help='JSONL of {"text": …} or {"input_ids": …}.')]
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
-OptimizerOption = Annotated[
-    Path | None,
-    typer.Option(help="Saved optimizer state (optimizer.pt or a folder with one) for the correction."),
-]
-CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
-SketchOption = Annotated[
-    int, typer.Option(help="p = q: a module's gradient becomes sketch × sketch numbers.")
-]
-KindOption = Annotated[
-    SketchKind,
-    typer.Option(
-        help="Projections; countsketch makes the exact correction nearly free of the sketch's size."
-    ),
-]
-BlocksOption = Annotated[str, typer.Option(help='"module", or a number of layer blocks.')]
 
 
 @app.command()
@@ -69,7 +44,8 @@ def build(
     estimate: Annotated[
         int, typer.Option(help="Examples to estimate second moments from, where no optimizer state is given.")
     ] = 128,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")] = Dtype.float16,
+    dtype: DtypeOption = Dtype.float16,
+    wide: WideOption = None,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
     kind: KindOption = SketchKind.rademacher,
@@ -80,8 +56,8 @@ def build(
     from trackstar.build import build_store
 
     spec = _spec(seed, sketch, blocks, kind)
-    examples = _read_jsonl(data, "--data")
-    network, tokenizer = _load_model(model)
+    examples = read_jsonl(data, "--data")
+    network, tokenizer = load_model(model)
     chosen = _correction(network, tokenizer, examples, optimizer, correction, rank, estimate)
     store = build_store(
         out,
@@ -91,6 +67,7 @@ def build(
         spec=spec,
         correction=chosen,
         dtype=dtype.value,
+        wide=wide and wide.value,
         sample=sample,
     )
     typer.echo(f"{store}")
@@ -130,8 +107,8 @@ def query(
     from trackstar.store import open_store
 
     opened = open_store(store)
-    asked = [{"prompt": prompt, "target": target}] if queries is None else _read_jsonl(queries, "--queries")
-    network, tokenizer = _load_model(model)
+    asked = [{"prompt": prompt, "target": target}] if queries is None else read_jsonl(queries, "--queries")
+    network, tokenizer = load_model(model)
     encoded = encode_queries(asked, tokenizer)
     rows = query_rows(opened, network, encoded, tokenizer=tokenizer)
     results = []
@@ -151,22 +128,7 @@ def info(store: StoreArgument) -> None:
 
     opened = open_store(store)
     typer.echo(f"{opened}")
-    typer.echo(json.dumps(opened.identity, indent=2))
-
-
-@app.command()
-def verify(store: StoreArgument) -> None:
-    """Compare every file of a store with its checksum; exit 1 where one is damaged."""
-    from trackstar.store import open_store
-
-    opened = open_store(store)
-    damage = opened.damage()
-    for line in damage:
-        typer.echo(line)
-    if damage:
-        raise typer.Exit(1)
-    state = "complete" if opened.complete else "incomplete: run its build again to finish it"
-    typer.echo(f"{len(opened)} rows in {len(opened.shards)} shards, all as written; {state}")
+    typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
 @app.command()
@@ -176,7 +138,8 @@ def plan(
     out: Annotated[Path, typer.Option(help="Where the store would go.")],
     correction: CorrectionOption = CorrectionKind.none,
     rank: Annotated[int, typer.Option(help="Rank of the rank correction.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")] = Dtype.float16,
+    dtype: DtypeOption = Dtype.float16,
+    wide: WideOption = None,
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
     kind: KindOption = SketchKind.rademacher,
@@ -185,19 +148,25 @@ def plan(
     """Say what a build would need, without building: rows, disk, memory, time."""
     from trackstar.collector import GradientCollector
     from trackstar.examples import encode_examples
+    from trackstar.layout import Layout
     from trackstar.lean import LeanPass
     from trackstar.passes import position_limit
     from trackstar.plan import plan_build
 
     spec = _spec(0, sketch, blocks, kind)
-    examples = _read_jsonl(data, "--data")
-    network, tokenizer = _load_model(model)
+    examples = read_jsonl(data, "--data")
+    network, tokenizer = load_model(model)
     encoded = encode_examples(examples, tokenizer, position_limit(network))
     chosen = _correction(network, tokenizer, examples[:1], None, correction, rank, 1)
     collector = GradientCollector(network, spec, chosen)
     lean = LeanPass(network, collector.modules.values())
-    needs = plan_build(lean, encoded, collector, chosen, dtype.value, min(sample, len(encoded)), out)
+    layout = Layout(dtype.value, wide and wide.value, *collector.row_shape)
+    needs = plan_build(lean, encoded, collector, chosen, layout, min(sample, len(encoded)), out)
     typer.echo(f"{needs}")
+
+
+for command in cli_stores.COMMANDS:
+    app.command()(command)
 
 
 def _spec(seed: int, sketch: int, blocks: str, kind: SketchKind) -> Any:
@@ -230,38 +199,6 @@ def _correction(
     return SecondMoments.estimate(model, sample, tokenizer=tokenizer).correction(kind.value, rank=rank)
 
 
-def _read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
-    lines = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                lines.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{option}: line {number} of {path} is not JSON: {error}") from None
-    if not lines:
-        raise ValueError(f"{option} must hold at least one line, {path} is empty")
-    return lines
-
-
-def _load_model(folder: Path) -> tuple[Any, Any]:
-    """The model, float32, and the tokenizer in ``folder``; nothing is downloaded."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--model must be a folder with a transformers model (config.json), got {folder}"
-        )
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
-    return model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def main() -> None:
     """Run a command: exit 0 on success, 2 on bad usage, 1 with one clear line otherwise."""
     import sys
@@ -272,7 +209,7 @@ def main() -> None:
         typer.echo("trackstar: interrupted; run the same command again to go on", err=True)
         raise SystemExit(130) from None
     except Exception as error:
-        from trackstar.manifest import StoreError
+        from trackstar.errors import StoreError
 
         if not isinstance(
             error, OSError | ValueError | TypeError | RuntimeError | FloatingPointError | StoreError

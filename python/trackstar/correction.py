@@ -30,6 +30,12 @@ class Correction:
         """R of the rank form, None for the exact one."""
         return next(iter(self.factors.values()))[0].shape[0] if self.kind == "rank" else None
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        tensors = [*self.scales.values(), *(half for pair in self.factors.values() for half in pair)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def fold(
         self, name: str, left: torch.Tensor, right: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -1,9 +1,12 @@
 """R_train: its accumulation, its inverse square root, and the paper's rule for mixing it with R_eval."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import torch
+
+from trackstar_kernels import projection_matrix
 
 DAMPING = 0.1
 """δ_b relative to the mean eigenvalue of block b."""
@@ -13,22 +16,57 @@ MIXING_COMPONENT = 1000 / 65536
 
 MAX_MIXING = 0.99
 
+ROTATION_SEED = 0
+"""Seed of the rotation of narrow stores' whiteners."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
     """Second-moment matrix of the training rows, damped, and what follows from it.
 
+    Any whitener B with BᵀB = R_train⁻¹ gives the same scores. Stores of narrow dtypes take a random rotation of the
+    symmetric one, which spreads what a row holds over its coordinates, so that narrowing loses less of it.
+
     Attributes:
         train: R_train (L, d, d) float64: mean of x xᵀ over the sample, plus damping.
         damping: δ (L,) float64, the multiple of I that ``train`` contains.
         eigenvalues: of ``train``, (L, d) float64, ascending in each block.
-        whitener: R_train^(-1/2) (L, d, d) float32, symmetric.
+        whitener: B (L, d, d) float32: R_train^(-1/2), symmetric, or :func:`rotation` times it.
+        rotated: which of the two.
     """
 
     train: torch.Tensor
     damping: torch.Tensor
     eigenvalues: torch.Tensor
     whitener: torch.Tensor
+    rotated: bool = False
+
+    def with_rotation(self, rotated: bool) -> "Curvature":
+        """The same with the whitener rotated, or symmetric."""
+        if rotated == self.rotated:
+            return self
+        turn = rotation(self.whitener.shape[1])
+        whitener = (turn if rotated else turn.T) @ self.whitener.double()
+        return dataclasses.replace(self, whitener=whitener.float(), rotated=rotated)
+
+    def whitening_from(self, old: "Curvature") -> torch.Tensor:
+        """B B_old⁻¹ (L, d, d) float32, which turns rows that are whitened by ``old`` into rows whitened by this."""
+        # B_old⁻¹ = R_old B_oldᵀ, because B_oldᵀ B_old = R_old⁻¹.
+        return (self.whitener.double() @ old.train @ old.whitener.double().mT).float()
+
+
+@functools.lru_cache(maxsize=1)
+def rotation(size: int) -> torch.Tensor:
+    """Random rotation (d, d) float64: Q of the QR decomposition of a Gaussian matrix, the diagonal of R positive.
+
+    The matrix is ``projection_matrix(d, d, seed=ROTATION_SEED, stream=0, kind="gaussian")``, which makes Q uniformly
+    distributed over the orthogonal matrices, and the same on every machine up to rounding.
+    """
+    gaussian = projection_matrix(
+        size, size, seed=ROTATION_SEED, stream=0, kind="gaussian", dtype=torch.float64
+    )
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal().sign()
 
 
 def accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -44,7 +82,7 @@ def accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def estimate_curvature(
-    chunks: Iterable[torch.Tensor], blocks: int, size: int, damping: float = DAMPING
+    chunks: Iterable[torch.Tensor], blocks: int, size: int, *, rotated: bool = False, damping: float = DAMPING
 ) -> Curvature:
     """R_train from chunks of rows (n, L, d).
 
@@ -56,17 +94,32 @@ def estimate_curvature(
     for rows in chunks:
         accumulate(total, rows)
         count += len(rows)
-    train = total / max(count, 1)
-    mean_eigenvalue = train.diagonal(dim1=1, dim2=2).mean(dim=1)
+    return damped_curvature(total.div_(max(count, 1)), rotated=rotated, damping=damping)
+
+
+def damped_curvature(moment: torch.Tensor, *, rotated: bool, damping: float = DAMPING) -> Curvature:
+    """R_train = ``moment`` + δ I, δ ``damping`` times the mean eigenvalue, and what follows from it.
+
+    Args:
+        moment: mean of x xᵀ in each block, (L, d, d) float64; becomes R_train in place.
+        rotated: see :class:`Curvature`.
+        damping: δ relative to the mean eigenvalue.
+
+    Raises:
+        ValueError: a block is zero.
+    """
+    mean_eigenvalue = moment.diagonal(dim1=1, dim2=2).mean(dim=1)
     if not (mean_eigenvalue > 0).all():
         block = int((mean_eigenvalue <= 0).nonzero()[0])
         raise ValueError(f"the sample's gradients must not be zero throughout; they are in block {block}")
     delta = damping * mean_eigenvalue
-    train.diagonal(dim1=1, dim2=2).add_(delta[:, None])
-    eigenvalues, vectors = torch.linalg.eigh(train)
+    moment.diagonal(dim1=1, dim2=2).add_(delta[:, None])
+    eigenvalues, vectors = torch.linalg.eigh(moment)
     eigenvalues = eigenvalues.clamp_min(delta[:, None])
-    whitener = (vectors * eigenvalues.rsqrt()[:, None, :]) @ vectors.transpose(1, 2)
-    return Curvature(train, delta, eigenvalues, whitener.float())
+    whitener = (vectors * eigenvalues.rsqrt()[:, None, :]) @ vectors.mT
+    if rotated:
+        whitener = rotation(whitener.shape[1]) @ whitener
+    return Curvature(moment, delta, eigenvalues, whitener.float(), rotated)
 
 
 def choose_mixing(query_rows: torch.Tensor, eigenvalues: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 """Text and token ids as the model reads them."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +21,14 @@ class Encoded:
         tokens: (T,) int32.
         labels: (T,) int32, a token's own id where its prediction counts towards the loss, else −100. As in
             transformers, the label at position t is predicted from the tokens before t, so the first one never counts.
+        metadata: what else is known of it, a JSON object, "" where there is nothing.
     """
 
     id: str
     text: str
     tokens: np.ndarray
     labels: np.ndarray
+    metadata: str = ""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -48,13 +51,15 @@ def encode_examples(
     examples: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     max_tokens: int | None = None,
+    first: int = 0,
 ) -> list[Encoded]:
-    """Training examples: {"text": …} or {"input_ids": …, "labels": … (optional)}, each with an optional "id".
+    """Training examples: {"text": …} or {"input_ids": …, "labels": … (optional)}.
 
+    Each may have an "id" (default: its position, counted from ``first``) and "metadata", a mapping of JSON values.
     Examples longer than ``max_tokens`` are cut to it.
 
     Raises:
-        ValueError: there are none, or one has neither field, or its labels do not fit.
+        ValueError: there are none, or one has neither field, or its labels or metadata do not fit.
         TypeError: one is not a mapping.
     """
     given = list(examples)
@@ -80,7 +85,9 @@ def encode_examples(
         text = example.get("text")
         if text is None:
             text = tokenizer.decode(tokens.tolist()) if tokenizer is not None else ""
-        encoded.append(Encoded(str(example.get("id", i)), text, tokens[:max_tokens], labels[:max_tokens]))
+        metadata = _metadata(example.get("metadata"), f"examples[{i}]")
+        name = str(example.get("id", first + i))
+        encoded.append(Encoded(name, text, tokens[:max_tokens], labels[:max_tokens], metadata))
     return encoded
 
 
@@ -126,7 +133,8 @@ def encode_queries(queries: Iterable[Mapping[str, Any]], tokenizer: Any) -> list
                 f"queries[{i}] must have a target of at least one token that follows another, got {target!r}"
             )
         text = prompt + target
-        encoded.append(EncodedQuery(str(query.get("id", i)), text, tokens, labels, prompt, target))
+        name = str(query.get("id", i))
+        encoded.append(EncodedQuery(name, text, tokens, labels, prompt=prompt, target=target))
     return encoded
 
 
@@ -180,3 +188,14 @@ def _labels(labels: Any, tokens: np.ndarray, name: str) -> np.ndarray:
             f"{name}: labels must be as long as input_ids, {len(tokens)} tokens; got shape {array.shape}"
         )
     return array
+
+
+def _metadata(metadata: Any, name: str) -> str:
+    if metadata is None:
+        return ""
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"{name}: metadata must be a mapping, got {type(metadata).__name__}")
+    try:
+        return json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: metadata must hold JSON values alone: {error}") from None

@@ -9,7 +9,10 @@ import xxhash
 from torch import nn
 
 from trackstar.correction import Correction
+from trackstar.curvature import Curvature
+from trackstar.errors import StoreError
 from trackstar.examples import Encoded
+from trackstar.store import Store
 
 
 def of_model(model: nn.Module) -> dict[str, object]:
@@ -22,10 +25,10 @@ def of_model(model: nn.Module) -> dict[str, object]:
 
 
 def of_examples(examples: Sequence[Encoded]) -> dict[str, object]:
-    """Number of examples and a hash of their ids, texts, tokens and labels, in order."""
+    """Number of examples and a hash of their ids, texts, metadata, tokens and labels, in order."""
     digest = xxhash.xxh3_128()
     for example in examples:
-        digest.update(json.dumps([example.id, example.text, len(example)]).encode())
+        digest.update(json.dumps([example.id, example.text, example.metadata, len(example)]).encode())
         digest.update(example.tokens.tobytes())
         digest.update(example.labels.tobytes())
     return {"examples": len(examples), "fingerprint": digest.hexdigest()}
@@ -52,6 +55,31 @@ def of_correction(correction: Correction | None) -> dict[str, object] | None:
         "source": correction.source,
         "fingerprint": _of_tensors(sorted(tensors, key=lambda item: item[0])),
     }
+
+
+def of_curvature(curvature: Curvature) -> str:
+    """Hash of R_train."""
+    return _of_tensors([("train", curvature.train)])
+
+
+def require_same(model: nn.Module, tokenizer: Any, store: Store) -> None:
+    """Require the model and tokenizer that ``store`` was built with.
+
+    Raises:
+        StoreError: one is another.
+    """
+    for field, value in of_model(model).items():
+        kept = store.identity["model"].get(field)
+        if kept != value:
+            raise StoreError(
+                f"model must be the one that {store.path} was built with: its {field} is {kept!r}, "
+                f"this model's is {value!r}"
+            )
+    vocabulary, kept = of_tokenizer(tokenizer), store.identity["tokenizer"]
+    if None not in (vocabulary, kept) and vocabulary != kept:
+        raise StoreError(
+            f"tokenizer must be the one that {store.path} was built with; this one's vocabulary differs"
+        )
 
 
 def _of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -1,39 +1,54 @@
 """The one file that says what a store holds, replaced as a whole at every commit."""
 
-import contextlib
 import dataclasses
+import itertools
 import json
-import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import xxhash
 
-FORMAT = 1
+from trackstar.durable import replace_file
+from trackstar.errors import StoreError
+from trackstar.layout import CODES, WIDE, Layout
+from trackstar.sealed import Seal
+
+FORMAT = 2
 NAME = "manifest.json"
 
+SEGMENT = 1024
+"""Shards that the manifest lists itself before they move to a folder of the index."""
 
-class StoreError(Exception):
-    """A store that cannot be used as asked: damaged, incomplete, of another version, or of something else."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and XXH3-128 checksum of a file."""
-
-    bytes: int
-    xxh3: str
+_HEADER = re.compile(rb'\{\s*"format":\s*(\d{1,9}),')
+_DOCUMENT = re.compile(rb'\{"format":%d,"xxh3":"([0-9a-f]{32})","content":(.*)\}\n' % FORMAT, re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardRecord:
-    """Examples start ≤ i < stop, in the folder shards/<name>."""
+    """Rows start ≤ i < stop, in a sealed folder."""
 
-    name: str
     start: int
     stop: int
-    files: dict[str, FileRecord]
+    seal: Seal
+
+    @property
+    def path(self) -> str:
+        """The folder, below the store's."""
+        return self.path_of(self.start, self.stop)
+
+    @staticmethod
+    def path_of(start: int, stop: int) -> str:
+        """Where rows start ≤ i < stop go, below the store's folder."""
+        return f"shards/{start:010d}-{stop:010d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """:data:`SEGMENT` shards, the last of which ends at row ``stop``, listed in a sealed folder of the index."""
+
+    stop: int
+    seal: Seal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,164 +56,131 @@ class Manifest:
     """Everything committed.
 
     Attributes:
-        identity: what is being built, as JSON values; a build goes on only where it is the same.
+        identity: what the rows are, as JSON values; work on a store goes on only where it is the same.
         row_shape: (L, d).
-        total: examples in the whole corpus.
-        correction: record of correction.safetensors, None where there is no correction.
-        curvature: records of the files of curvature/, None until it is known.
-        shards: committed shards, contiguous from example 0.
+        parts: {"examples": count, "fingerprint": …} of the corpus of the build, and of every append and merge.
+        total: rows that the work that was begun last will have brought the store to.
+        finished: rows that the work that was ended last brought it to; 0 in a store whose build goes on. Rows
+            beyond are committed, to be gone on from, and not yet part of the store.
+        correction: seal of correction/, None where there is none, or none yet.
+        curvature: seal of curvature/, None until it is known.
+        segments: the index: the first shards of the store, SEGMENT by SEGMENT.
+        shards: the other ones, fewer than SEGMENT.
+        deletions: (rows, seal) of each folder of deletions/.
     """
 
     identity: dict[str, Any]
     row_shape: tuple[int, int]
+    parts: tuple[dict[str, Any], ...]
     total: int
-    correction: FileRecord | None = None
-    curvature: dict[str, FileRecord] | None = None
+    finished: int = 0
+    correction: Seal | None = None
+    curvature: Seal | None = None
+    segments: tuple[Segment, ...] = ()
     shards: tuple[ShardRecord, ...] = ()
+    deletions: tuple[tuple[int, Seal], ...] = ()
 
     @property
     def committed(self) -> int:
-        """Examples in committed shards."""
-        return self.shards[-1].stop if self.shards else 0
+        """Rows in committed shards."""
+        ends = self.shards or self.segments
+        return ends[-1].stop if ends else 0
 
     @property
-    def complete(self) -> bool:
-        """Whether every example is in a committed shard."""
-        return self.committed == self.total
+    def layout(self) -> Layout:
+        """How the rows lie on disk."""
+        return Layout(self.identity["dtype"], self.identity["wide"], *self.row_shape)
 
-    def files(self) -> dict[str, FileRecord]:
-        """{path below the store: record} of every committed file."""
-        files = {} if self.correction is None else {"correction.safetensors": self.correction}
-        files |= self.curvature or {}
-        for shard in self.shards:
-            files |= {f"shards/{shard.name}/{name}": record for name, record in shard.files.items()}
-        return files
+    def parts_within(self, rows: int) -> tuple[dict[str, Any], ...]:
+        """The parts that end at or before row ``rows``."""
+        ends = itertools.accumulate(part["examples"] for part in self.parts)
+        return tuple(part for part, end in zip(self.parts, ends, strict=True) if end <= rows)
 
     def write(self, path: Path) -> None:
         """Commit: replace the manifest in the folder ``path`` atomically and durably."""
-        temporary = path / (NAME + ".new")
-        content = dataclasses.asdict(self)
-        text = _canonical({"format": FORMAT, "checksum": _checksum(content), "content": content})
-        with naming(temporary):
-            temporary.write_text(text)
-            sync(temporary)
-            temporary.replace(path / NAME)
-            sync(path)
+        content = json.dumps(self._as_json(), separators=(",", ":")).encode()
+        digest = xxhash.xxh3_128_hexdigest(content)
+        document = b'{"format":%d,"xxh3":"%s","content":%s}\n' % (FORMAT, digest.encode(), content)
+        replace_file(path / NAME, document)
 
-    @staticmethod
-    def read(path: Path) -> "Manifest | None":
+    @classmethod
+    def read(cls, path: Path) -> "Self | None":
         """The manifest in the folder ``path``, None where there is none.
 
         Raises:
             StoreError: it is damaged or of another format version.
         """
         try:
-            text = (path / NAME).read_text()
+            document = (path / NAME).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except UnicodeDecodeError as error:
-            raise StoreError(f"{path / NAME} is damaged: {error}") from None
+        header = _HEADER.match(document)
+        if header is not None and int(header[1]) != FORMAT:
+            raise StoreError(
+                f"{path} is a store of format {int(header[1])}; this version reads format {FORMAT}"
+            )
+        found = _DOCUMENT.fullmatch(document)
+        if found is None or found[1].decode() != xxhash.xxh3_128_hexdigest(found[2]):
+            raise StoreError(f"{path / NAME} is damaged: it does not match its own checksum")
         try:
-            document = json.loads(text)
-            if document["format"] != FORMAT:
-                raise StoreError(
-                    f"{path} is a store of format {document['format']}; this version reads format {FORMAT}"
-                )
-            fields = document["content"]
-            if text != _canonical(document) or document["checksum"] != _checksum(fields):
-                raise StoreError(f"{path / NAME} is damaged: it does not match its own checksum")
-            shards = tuple(
-                ShardRecord(**(shard | {"files": _records(shard["files"])})) for shard in fields.pop("shards")
+            return cls._from_json(json.loads(found[2]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise StoreError(f"{path / NAME} is damaged: {error!r}") from None
+
+    def _as_json(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "row_shape": self.row_shape,
+            "parts": self.parts,
+            "total": self.total,
+            "finished": self.finished,
+            "correction": self.correction and self.correction.as_list(),
+            "curvature": self.curvature and self.curvature.as_list(),
+            "segments": [[segment.stop, *segment.seal.as_list()] for segment in self.segments],
+            "shards": [[shard.stop, *shard.seal.as_list()] for shard in self.shards],
+            "deletions": [[rows, *seal.as_list()] for rows, seal in self.deletions],
+        }
+
+    @classmethod
+    def _from_json(cls, fields: dict[str, Any]) -> Self:
+        identity, parts = fields["identity"], tuple(fields["parts"])
+        if identity["dtype"] not in CODES or identity["wide"] not in (None, *WIDE):
+            raise ValueError(f"unknown dtype {identity['dtype']!r} or {identity['wide']!r}")
+        blocks, size = (_count(value, 1) for value in fields["row_shape"])
+        segments = _stops(fields["segments"], 0)
+        shards = _stops(fields["shards"], segments[-1][0] if segments else 0)
+        starts = [segments[-1][0] if segments else 0, *(stop for stop, _ in shards)]
+        manifest = cls(
+            identity,
+            (blocks, size),
+            parts,
+            _count(fields["total"], 1),
+            _count(fields["finished"]),
+            fields["correction"] and Seal.from_list(fields["correction"]),
+            fields["curvature"] and Seal.from_list(fields["curvature"]),
+            tuple(Segment(stop, seal) for stop, seal in segments),
+            tuple(ShardRecord(start, *shard) for start, shard in zip(starts, shards, strict=False)),
+            tuple((_count(rows, 1), Seal.from_list(seal)) for rows, *seal in fields["deletions"]),
+        )
+        if sum(_count(part["examples"]) for part in parts) != manifest.total:
+            raise ValueError(f"the parts are not {manifest.total} examples")
+        if not manifest.finished <= manifest.committed <= manifest.total:
+            raise ValueError(
+                f"{manifest.finished}, {manifest.committed} and {manifest.total} rows do not fit"
             )
-            correction, curvature = fields.pop("correction"), fields.pop("curvature")
-            blocks, size = fields.pop("row_shape")
-            manifest = Manifest(
-                **fields,
-                row_shape=(int(blocks), int(size)),
-                correction=None if correction is None else FileRecord(**correction),
-                curvature=None if curvature is None else _records(curvature),
-                shards=shards,
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StoreError(f"{path / NAME} is damaged: {error}") from None
-        stops = [0, *(shard.stop for shard in shards)]
-        if any(shard.start != stop or shard.stop <= stop for shard, stop in zip(shards, stops, strict=False)):
-            raise StoreError(f"{path / NAME} is damaged: its shards are not contiguous")
         return manifest
 
 
-def record_of(file: Path) -> FileRecord:
-    """Size and checksum of a file, streamed."""
-    digest = xxhash.xxh3_128()
-    size = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileRecord(size, digest.hexdigest())
+def _count(value: Any, minimum: int = 0) -> int:
+    if type(value) is not int or not minimum <= value < 2**63:
+        raise ValueError(f"{value!r} is not a number of at least {minimum}")
+    return value
 
 
-def records_below(folder: Path) -> dict[str, FileRecord]:
-    """{path below ``folder``: record} of its files."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): record_of(file) for file in files}
-
-
-def damage_of(root: Path, name: str, record: FileRecord) -> list[str]:
-    """How the file ``root / name`` differs from its record: nothing, or one line."""
-    file = root / name
-    if not file.is_file():
-        return [f"{name} is missing"]
-    size = file.stat().st_size
-    if size != record.bytes:
-        return [f"{name} has {size} bytes instead of {record.bytes}"]
-    if record_of(file) != record:
-        return [f"{name} does not match its checksum"]
-    return []
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, so that it is still there after a power failure."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync(path.parent)
-
-
-def sync_tree(folder: Path) -> None:
-    """Bring every file and folder below ``folder`` to the disk."""
-    for entry in folder.rglob("*"):
-        sync(entry)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Bring one file's bytes, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give a system error of the block that names no file, such as a full disk's, the name ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def _canonical(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=1)
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def _records(fields: dict[str, Any]) -> dict[str, FileRecord]:
-    return {name: FileRecord(**record) for name, record in fields.items()}
+def _stops(entries: Any, start: int) -> list[tuple[int, Seal]]:
+    """(stop, seal) of [stop, bytes, checksum], each stop beyond the one before."""
+    found = []
+    for stop, *rest in entries:
+        found.append((_count(stop, start + 1), Seal.from_list(rest)))
+        start = stop
+    return found

@@ -1,21 +1,19 @@
 """What a build will need, said before it starts."""
 
 import dataclasses
-import errno
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
+from trackstar.durable import require_disk
 from trackstar.examples import Encoded
+from trackstar.layout import Layout
 from trackstar.lean import LeanPass
 from trackstar.modules import fan, select_modules
 from trackstar.passes import BATCH_TOKENS, has_loss, rows_of, vocabulary_size
-from trackstar.writing import shard_bytes
+from trackstar.shard import example_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +51,7 @@ class Plan:
 
     def require_disk(self) -> None:
         """Raise OSError where the disk has less free than the build will write."""
-        free = shutil.disk_usage(self.path).free
-        needed = self.store_bytes + self.staging_bytes - self.written_bytes
-        if free < needed:
-            message = f"the build needs {_amount(needed)} of disk, {_amount(free)} are free"
-            raise OSError(errno.ENOSPC, message, str(self.path))
+        require_disk(self.path, self.store_bytes + self.staging_bytes - self.written_bytes, "the build")
 
 
 def plan_build(
@@ -65,7 +59,7 @@ def plan_build(
     examples: Sequence[Encoded],
     collector: GradientCollector,
     correction: Correction | None,
-    dtype: str,
+    layout: Layout,
     sample: int,
     path: Path,
     *,
@@ -79,7 +73,7 @@ def plan_build(
         examples: the whole corpus.
         collector: what collects its rows.
         correction: the collector's correction.
-        dtype: of the stored rows.
+        layout: of the stored rows.
         sample: examples that R_train is estimated from.
         path: where the store goes.
         written: examples whose rows are already in the store.
@@ -88,9 +82,9 @@ def plan_build(
     blocks, size = collector.row_shape
     count = len(examples)
     staging = 4 * sample * blocks * size
-    row_bytes = count * blocks * (size * getattr(torch, dtype).itemsize + 4)
     curvature = blocks * size * (12 * size + 8) + 8 * blocks
-    store = shard_bytes(examples, row_bytes) + curvature + _correction_bytes(correction)
+    corrections = 0 if correction is None else correction.bytes
+    store = count * layout.row_bytes + example_bytes(examples) + curvature + corrections
     if pending is None:
         tokens = sum(len(example) for example in examples)
         pending = tokens + (tokens * sample // count if sample < count else 0)
@@ -106,13 +100,6 @@ def plan_build(
     )
 
 
-def _correction_bytes(correction: Correction | None) -> int:
-    if correction is None:
-        return 0
-    tensors = [*correction.scales.values(), *(half for pair in correction.factors.values() for half in pair)]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def _memory(lean: LeanPass, collector: GradientCollector, correction: Correction | None) -> int:
     """Model + correction + a batch's activations and logits + a shard of rows, twice + R_train in its forms."""
     weights = sum(p.numel() * p.element_size() for p in lean.model.parameters())
@@ -123,7 +110,7 @@ def _memory(lean: LeanPass, collector: GradientCollector, correction: Correction
     blocks, size = collector.row_shape
     return (
         weights
-        + _correction_bytes(correction)
+        + (0 if correction is None else correction.bytes)
         + activations
         + logits
         + 2 * (64 << 20)

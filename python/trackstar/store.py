@@ -1,93 +1,122 @@
 """Reading a store: whitened rows on disk, and everything needed to question them.
 
-    STORE/manifest.json            what is committed: identity, shards, sizes and checksums (see manifest.py)
-    STORE/curvature/<name>/        R_train, its eigenvalues, damping and whitener
-    STORE/correction.safetensors   the optimizer correction that the rows were built with, if any
-    STORE/shards/<first>-<end>/    rows, squared_norms, tokens, text and ids of examples first ≤ i < end
+    STORE/manifest.json      what is committed (see manifest.py); what it does not vouch for does not exist
+    STORE/index/<number>/    the list of shards, where there are many (see index.py)
+    STORE/shards/<rows>/     rows and examples (see shard.py)
+    STORE/deletions/<number>/  which rows were deleted
+    STORE/curvature/         R_train, its eigenvalues, damping and whitener
+    STORE/correction/        the optimizer correction that the rows were built with, if any
 
-Every array is an mmap_ninja folder. Shards are immutable; what the manifest does not name does not exist.
+All folders are sealed and never change (see sealed.py); docs/format.md has the details.
 """
 
-import bisect
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from mmap_ninja import numpy as np_ninja
-from mmap_ninja.ragged import RaggedMmap
-from mmap_ninja.string import StringsMmap
+from safetensors import SafetensorError
 
 from trackstar.correction import Correction
 from trackstar.curvature import Curvature
-from trackstar.manifest import FileRecord, Manifest, ShardRecord, StoreError, damage_of
+from trackstar.errors import StoreError
+from trackstar.index import ShardIndex, index_folders
+from trackstar.layout import Layout
+from trackstar.manifest import Manifest
+from trackstar.sealed import Seal, SealedFolder
+from trackstar.shard import Shard
 from trackstar.spec import SketchSpec
 
-CURVATURE_ARRAYS = ("train", "damping", "eigenvalues", "whitener")
+__all__ = ["Store", "StoreError", "open_store"]
 
 
 class Store:
-    """A store opened for reading; :func:`open_store` makes one.
+    """One committed version of a store, opened for reading; :func:`open_store` makes one.
 
-    Files are memory-mapped shard by shard and let go again, so memory does not grow with the store. The
-    checksum of a shard is compared before its first row is served.
+    A store that is added to, or has rows deleted, while this object lives does not change for it. Files are
+    memory-mapped shard by shard and let go again, so memory does not grow with the store. The checksum of an
+    array is compared before its first row is served.
     """
 
     def __init__(self, path: Path, manifest: Manifest, *, check: bool = True) -> None:
         self.path = path
-        self._manifest = manifest
+        self.manifest = manifest
+        self.end = manifest.finished or manifest.committed
         self._check = check
-        self._checked: set[str] = set()
-        self._starts = [shard.start for shard in manifest.shards]
 
     def __len__(self) -> int:
-        """Rows committed so far."""
-        return self._manifest.committed
+        """Rows that are not deleted; those committed so far, while the first build goes on."""
+        return self.end - len(self.deleted)
 
     def __repr__(self) -> str:
         blocks, size = self.row_shape
+        wide = f" beside {self.wide_dtype}" if self.wide_dtype else ""
         state = "" if self.complete else ", incomplete"
-        return f"Store({str(self.path)!r}, {len(self)} rows of {blocks}×{size} {self.dtype}{state})"
+        return f"Store({str(self.path)!r}, {len(self)} rows of {blocks}×{size} {self.dtype}{wide}{state})"
 
     @property
     def complete(self) -> bool:
-        """Whether the build that made the store has finished."""
-        return self._manifest.complete
+        """Whether the work that made the store was ended."""
+        return self.manifest.finished > 0
 
     @property
-    def identity(self) -> dict[str, object]:
-        """What was built: spec, model, data, correction and dtype, as JSON values."""
-        return self._manifest.identity
+    def identity(self) -> dict[str, Any]:
+        """What was built: spec, model, correction, dtype and so on, as JSON values."""
+        return self.manifest.identity
+
+    @property
+    def parts(self) -> tuple[dict[str, Any], ...]:
+        """{"examples": count, "fingerprint": …} of the corpus of the build, and of every append and merge."""
+        return self.manifest.parts_within(self.end)
 
     @property
     def dtype(self) -> str:
         """Name of the dtype that rows are kept in."""
-        return str(self._manifest.identity["dtype"])
+        return self.layout.dtype
+
+    @property
+    def wide_dtype(self) -> str | None:
+        """Name of the dtype of the wider copy of the rows, None where there is none."""
+        return self.layout.wide
 
     @property
     def row_shape(self) -> tuple[int, int]:
         """(L, d) of a row."""
-        return self._manifest.row_shape
+        return self.manifest.row_shape
 
-    @property
-    def shards(self) -> list[ShardRecord]:
-        """The committed shards, in order."""
-        return list(self._manifest.shards)
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """How the rows lie on disk."""
+        return self.manifest.layout
 
     @functools.cached_property
     def spec(self) -> SketchSpec:
         """The spec that rows were collected with."""
-        return SketchSpec(**self._manifest.identity["spec"])
+        try:
+            return SketchSpec(**self.identity["spec"])
+        except (TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.path}: the manifest holds no spec that this version knows: {error}"
+            ) from None
 
     @functools.cached_property
     def correction(self) -> Correction | None:
-        """The optimizer correction that rows were collected with, None where there was none."""
-        if self._manifest.correction is None:
+        """The optimizer correction that rows were collected with, None where there was none.
+
+        Raises:
+            StoreError: the build has not come that far, or a file is damaged.
+        """
+        if self.identity["correction"] is None:
             return None
-        self._require_intact({"correction.safetensors": self._manifest.correction})
-        return Correction.load(self.path / "correction.safetensors")
+        folder = self._folder("correction", self.manifest.correction)
+        folder.require()
+        try:
+            return Correction.load(folder.path / "correction.safetensors")
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise folder.error(f"correction/correction.safetensors is no correction: {error}") from None
 
     @functools.cached_property
     def curvature(self) -> Curvature:
@@ -96,105 +125,159 @@ class Store:
         Raises:
             StoreError: the build has not come that far, or a file is damaged.
         """
-        if self._manifest.curvature is None:
-            raise StoreError(f"{self.path}: the store has no curvature yet; run the build again to finish it")
-        self._require_intact(self._manifest.curvature)
-        arrays = {
-            name: torch.from_numpy(np.array(np_ninja.open_existing(self.path / "curvature" / name)))
-            for name in CURVATURE_ARRAYS
-        }
-        return Curvature(**arrays)
+        folder = self._folder("curvature", self.manifest.curvature)
+        folder.require()
+        blocks, size = self.row_shape
+        shapes = {"train": (blocks, size, size), "damping": (blocks,), "eigenvalues": (blocks, size)}
+        arrays = {name: folder.array(name, "float64", shape) for name, shape in shapes.items()}
+        arrays["whitener"] = folder.array("whitener", "float32", (blocks, size, size))
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        return Curvature(**tensors, rotated=self.layout.narrow)
+
+    @functools.cached_property
+    def shards(self) -> "Shards":
+        """The shards in order, each opened when it is asked for."""
+        return Shards(self, check=self._check)
+
+    @functools.cached_property
+    def deleted(self) -> torch.Tensor:
+        """Indices of the deleted rows, int64, ascending."""
+        parts = [np.zeros(0, np.int64)]
+        for (count, _), folder in zip(self.manifest.deletions, self.deletion_folders, strict=True):
+            folder.require()
+            parts.append(np.array(folder.array("rows", "int64", (count,))))
+            if parts[-1].min() < 0 or parts[-1].max() >= self.end:
+                raise folder.error(f"{folder.name}/rows names rows that are not in the store")
+        return torch.from_numpy(np.unique(np.concatenate(parts)))
 
     @property
     def squared_norms(self) -> torch.Tensor:
-        """‖y‖² of every row and block before narrowing, (N, L) float32."""
-        parts = [torch.from_numpy(np.array(self._array(shard, "squared_norms"))) for shard in self.shards]
+        """‖y‖² of every row and block before narrowing, (end, L) float32; zeros for deleted rows."""
+        parts = [torch.empty(0, self.row_shape[0])]
+        for shard in self.shards:
+            parts.append(shard.squared_norms.clone())
+            parts[-1][shard.deleted] = 0
         return torch.cat(parts)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Whitened rows start ≤ i < stop, (n, L, d) float32.
+        """Whitened rows start ≤ i < stop, (n, L, d) float32, from the widest form kept; zeros for deleted rows.
 
         Raises:
             IndexError: the range is not within the store.
             StoreError: a shard is damaged.
         """
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"rows must lie within 0 to {len(self)}, got {start} to {stop}")
+        if not 0 <= start <= stop <= self.end:
+            raise IndexError(f"rows must lie within 0 to {self.end}, got {start} to {stop}")
         parts = [torch.empty(0, *self.row_shape)]
-        for shard in self.shards:
-            low, high = max(start, shard.start), min(stop, shard.stop)
-            if low < high:
-                rows = self._array(shard, "rows")[low - shard.start : high - shard.start]
-                parts.append(torch.from_numpy(np.array(rows)).float())
+        number = self.shards.find(start)
+        while start < stop:
+            shard = self.shards[number]
+            parts.append(shard.floats(start, min(stop, shard.stop)))
+            start, number = shard.stop, number + 1
         return torch.cat(parts)
 
-    def scan(self) -> Iterator[tuple[ShardRecord, torch.Tensor, torch.Tensor]]:
-        """Each shard, its rows (n, L, d) in the store's dtype and squared norms (n, L), mapped, not copied.
+    def indices_of(self, ids: Iterable[str]) -> list[int]:
+        """Indices of the rows with these ids, ascending, the deleted ones left out; every id's, if it has several.
 
         Raises:
-            StoreError: a shard is damaged.
+            ValueError: there is no row with one of the ids.
         """
+        wanted, found, indices = set(ids), set(), []
         for shard in self.shards:
-            # Mapped copy-on-write: torch takes only arrays it may write to, and nothing here ever writes.
-            rows = torch.from_numpy(self._array(shard, "rows", mode="c"))
-            norms = torch.from_numpy(self._array(shard, "squared_norms", mode="c"))
-            yield shard, rows, norms
+            for position in shard.live.tolist():
+                name = shard.id(shard.start + position)
+                if name in wanted:
+                    found.add(name)
+                    indices.append(shard.start + position)
+        if wanted - found:
+            raise ValueError(f"ids must be of rows of {self.path}, got {min(wanted - found)!r}")
+        return indices
+
+    def require_complete(self) -> None:
+        """Require the work that makes the store to have been ended.
+
+        Raises:
+            StoreError: it was not.
+        """
+        if not self.complete:
+            raise StoreError(f"the store at {self.path} is not complete: run its build again to finish it")
 
     def text(self, index: int) -> str:
         """The text of example ``index``."""
-        return self._string(index, "text")
+        return self._shard_of(index).text(index)
 
     def id(self, index: int) -> str:
         """The id of example ``index``: its own, or its position in the corpus."""
-        return self._string(index, "ids")
+        return self._shard_of(index).id(index)
 
     def tokens(self, index: int) -> np.ndarray:
         """The token ids (T,) int32 that example ``index`` was built from."""
-        shard = self._shard_of(index)
-        ragged = RaggedMmap(self._folder(shard, "tokens"), mode="r")
-        return np.array(ragged[index - shard.start], dtype=np.int32)
+        return self._shard_of(index).tokens(index)
 
-    def damage(self) -> list[str]:
-        """What is wrong with the store's files, one line each; reads every byte. Empty: all is well."""
+    def metadata(self, index: int) -> dict[str, Any]:
+        """The metadata that example ``index`` came with; empty where there was none."""
+        return self._shard_of(index).metadata(index)
+
+    @property
+    def deletion_folders(self) -> list[SealedFolder]:
+        """Folders of the deleted rows' indices."""
         return [
-            line
-            for name, record in self._manifest.files().items()
-            for line in damage_of(self.path, name, record)
+            SealedFolder(self.path, f"deletions/{number:08d}", seal)
+            for number, (_, seal) in enumerate(self.manifest.deletions)
         ]
 
-    def _string(self, index: int, name: str) -> str:
-        shard = self._shard_of(index)
-        strings = StringsMmap(self._folder(shard, name), mode="rb")
-        try:
-            return strings[index - shard.start]
-        finally:
-            strings.close()
+    def folders(self) -> list[SealedFolder]:
+        """Everything committed but the shards."""
+        found = [*index_folders(self.path, self.manifest), *self.deletion_folders]
+        for name, seal in (("correction", self.manifest.correction), ("curvature", self.manifest.curvature)):
+            if seal is not None:
+                found.append(SealedFolder(self.path, name, seal))
+        return found
 
-    def _shard_of(self, index: int) -> ShardRecord:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index}")
-        return self._manifest.shards[bisect.bisect_right(self._starts, index) - 1]
+    def _shard_of(self, index: int) -> Shard:
+        if not 0 <= index < self.end:
+            raise IndexError(f"index must be from 0 to {self.end - 1}, got {index}")
+        shard = self.shards[self.shards.find(index)]
+        if index - shard.start in shard.deleted:
+            raise IndexError(f"example {index} was deleted")
+        return shard
 
-    def _folder(self, shard: ShardRecord, name: str) -> Path:
-        """The folder of one of a shard's arrays, once the shard's checksums have been compared."""
-        if self._check and shard.name not in self._checked:
-            self._require_intact(
-                {f"shards/{shard.name}/{file}": record for file, record in shard.files.items()}
+    def _folder(self, name: str, seal: Seal | None) -> SealedFolder:
+        if seal is None:
+            raise StoreError(
+                f"the store at {self.path} is not complete: run its build again; it has no {name} yet"
             )
-            self._checked.add(shard.name)
-        folder = self.path / "shards" / shard.name / name
-        # mmap_ninja makes the folders that it is to open where they are missing.
-        if not folder.is_dir():
-            raise StoreError(f"{self.path}: shards/{shard.name}/{name} is missing")
-        return folder
+        return SealedFolder(self.path, name, seal)
 
-    def _array(self, shard: ShardRecord, name: str, mode: str = "r") -> np.ndarray:
-        return np_ninja.open_existing(self._folder(shard, name), mode=mode)
 
-    def _require_intact(self, files: dict[str, FileRecord]) -> None:
-        for name, record in files.items():
-            for line in damage_of(self.path, name, record):
-                raise StoreError(f"{self.path}: {line}; nothing is served from it")
+class Shards(Sequence[Shard]):
+    """The shards of a store, in order; each is opened when it is asked for and let go with its object."""
+
+    def __init__(self, store: Store, *, check: bool) -> None:
+        self._store = store
+        self._index = ShardIndex(store.path, store.manifest, store.end)
+        # Eight bits a shard, one for each array whose checksum has been compared.
+        self._checked = bytearray(b"\0" if check else b"\xff") * len(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> Shard:  # type: ignore[override]
+        record = self._index[number]
+        store = self._store
+        low, high = torch.searchsorted(store.deleted, torch.tensor([record.start, record.stop])).tolist()
+        deleted = store.deleted[low:high] - record.start
+        checked = memoryview(self._checked)[number : number + 1]
+        return Shard(store.path, record, store.layout, deleted, checked)
+
+    @property
+    def records(self) -> ShardIndex:
+        """Rows and seals of the shards, without opening any."""
+        return self._index
+
+    def find(self, row: int) -> int:
+        """Number of the shard that holds ``row``."""
+        return self._index.find(row)
 
 
 def open_store(path: str | os.PathLike[str], *, check: bool = True) -> Store:
@@ -202,7 +285,7 @@ def open_store(path: str | os.PathLike[str], *, check: bool = True) -> Store:
 
     Args:
         path: the store's folder.
-        check: compare each shard's checksum before its first use.
+        check: compare each array's checksum before its first use.
 
     Raises:
         FileNotFoundError: there is no store at ``path``.

@@ -1,0 +1,98 @@
+"""Options and input files that commands have in common."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class CorrectionKind(StrEnum):
+    """Forms of the optimizer correction."""
+
+    none = "none"
+    rank = "rank"
+    exact = "exact"
+
+
+class Dtype(StrEnum):
+    """Dtypes of stored rows."""
+
+    float32 = "float32"
+    float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
+    sign = "sign"
+
+
+class SketchKind(StrEnum):
+    """Kinds of random projections: see SketchSpec."""
+
+    rademacher = "rademacher"
+    gaussian = "gaussian"
+    countsketch = "countsketch"
+
+
+class Wide(StrEnum):
+    """Dtypes of a wider copy of the rows."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+ModelOption = Annotated[Path, typer.Option("--model", help="Folder of a transformers causal language model.")]
+DataOption = Annotated[Path, typer.Option("--data", help='JSONL of {"text": …} or {"input_ids": …}.')]
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+OptimizerOption = Annotated[
+    Path | None,
+    typer.Option(help="Saved optimizer state (optimizer.pt or a folder with one) for the correction."),
+]
+CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
+SketchOption = Annotated[
+    int, typer.Option(help="p = q: a module's gradient becomes sketch × sketch numbers.")
+]
+KindOption = Annotated[
+    SketchKind,
+    typer.Option(
+        help="Projections; countsketch makes the exact correction nearly free of the sketch's size."
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")]
+WideOption = Annotated[
+    Wide | None, typer.Option(help="Dtype of a wider copy of int8, int4 or sign rows, for exact answers.")
+]
+BlocksOption = Annotated[str, typer.Option(help='"module", or a number of layer blocks.')]
+
+
+def read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; blank lines do not count."""
+    lines = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{option}: line {number} of {path} is not JSON: {error}") from None
+    if not lines:
+        raise ValueError(f"{option} must hold at least one line, {path} is empty")
+    return lines
+
+
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """The model, float32, and the tokenizer in ``folder``; nothing is downloaded."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--model must be a folder with a transformers model (config.json), got {folder}"
+        )
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    return model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
