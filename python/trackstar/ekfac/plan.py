@@ -29,7 +29,7 @@ class Plan:
         disk_bytes: disk that the result takes.
         working_bytes: disk that is needed on top of it until the work is done.
         written_bytes: disk that an earlier run has already filled.
-        memory_bytes: peak memory of the process, roughly.
+        memory_bytes: peak memory, roughly, beside what Python and its libraries take.
         seconds: rough duration, from one timed batch and one timed product.
     """
 
@@ -68,6 +68,7 @@ def plan_fit(path: Path, capture: TokenCapture, examples: Sequence[Encoded], *, 
         sum(term(fan_out, fan_in) for fan_out, fan_in in capture.shapes.values())
         for term in (lambda o, i: o**2 + i**2, lambda o, i: o * i, lambda o, i: o**3 + i**3)
     )
+    largest = max(max(shape) for shape in capture.shapes.values())
     tokens = sum(len(example) for example in examples)
     per_token, per_product = seconds_per_token(capture, examples), seconds_per_product()
     first = tokens * (per_token + sides * per_product) + EIGENVECTORS * cubes * per_product
@@ -79,7 +80,8 @@ def plan_fit(path: Path, capture: TokenCapture, examples: Sequence[Encoded], *, 
         # New sums are written before those they replace go.
         working_bytes=2 * 8 * max(sides, whole),
         written_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        memory_bytes=pass_bytes(capture) + max(8 * sides, 8 * whole + 4 * sides),
+        # An eigendecomposition in float64 works on about six matrices.
+        memory_bytes=pass_bytes(capture) + max(8 * sides + 48 * largest**2, 8 * whole + 4 * sides),
         seconds=max(1 - done, 0) * first + min(2 - done, 1) * second,
     )
 
