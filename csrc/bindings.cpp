@@ -14,6 +14,9 @@
 #include "cpu/isa.h"
 #include "gradient.h"
 #include "scoring.h"
+#ifdef TRACKSTAR_HAS_CUDA
+#include "cuda/scoring.h"
+#endif
 
 namespace py = pybind11;
 using namespace trackstar;
@@ -76,34 +79,95 @@ void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int
       at<float>(out), threads);
 }
 
+RowType row_type_of(const std::string& name) {
+  if (name == "float32") return RowType::float32;
+  if (name == "float16") return RowType::float16;
+  if (name == "bfloat16") return RowType::bfloat16;
+  throw std::invalid_argument("row type must be float32, float16 or bfloat16, got '" + name + "'");
+}
+
 Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
              size_t N, size_t L, size_t d) {
-  return {at<const void>(rows),
-          row_type == "float16" ? RowType::float16 : RowType::float32,
-          row_stride,
-          at<const float>(scales),
-          N,
-          L,
-          d};
+  return {at<const void>(rows), row_type_of(row_type), row_stride, at<const float>(scales), N, L, d};
 }
 
 TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions) {
   return {Q, k, largest, at<float>(scores), at<std::int64_t>(positions)};
 }
 
-void score_topk_at(std::uintptr_t queries, const Rows& rows, const TopK& top, int threads) {
-  score_topk(at<const float>(queries), rows, top, threads);
+void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
+  score_topk(at<const float>(queries), rows, tops, threads);
 }
 
-void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows, const TopK& top,
-                   std::uintptr_t doubtful, int threads) {
-  mixed_topk(task, at<const float>(squared_norms), rows, top, at<bool>(doubtful), threads);
+void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows,
+                   const std::vector<TopK>& tops, std::uintptr_t doubtful, int threads) {
+  mixed_topk(task, at<const float>(squared_norms), rows, tops, at<bool>(doubtful), threads);
 }
+
+#ifdef TRACKSTAR_HAS_CUDA
+
+cuda::Rows cuda_rows_at(std::uintptr_t values, const std::string& type, ptrdiff_t stride,
+                        std::uintptr_t scales, size_t N, int L, int d) {
+  const std::pair<const char*, cuda::RowType> types[] = {{"float32", cuda::RowType::float32},
+                                                         {"float16", cuda::RowType::float16},
+                                                         {"bfloat16", cuda::RowType::bfloat16},
+                                                         {"int8", cuda::RowType::int8}};
+  for (const auto& [name, row_type] : types) {
+    if (type == name) return {at<const void>(values), row_type, stride, at<const float>(scales), N, L, d};
+  }
+  throw std::invalid_argument("type must be float32, float16, bfloat16 or int8, got '" + type + "'");
+}
+
+cuda::Survivors cuda_survivors_at(std::uintptr_t keys, int Q, int k, int slices, int capacity, bool largest) {
+  return {at<std::int64_t>(keys), Q, k, slices, capacity, largest};
+}
+
+void cuda_score_topk_at(const cuda::Rows& rows, std::uintptr_t queries, std::uintptr_t operand,
+                        std::uintptr_t query_scales, int columns, const cuda::Survivors& survivors,
+                        std::uintptr_t stream) {
+  cuda::score_topk(rows, at<const float>(queries), at<const void>(operand), at<const float>(query_scales),
+                   columns, survivors, at<void>(stream));
+}
+
+void cuda_mixed_topk_at(const cuda::Rows& rows, std::uintptr_t factors, std::uintptr_t combine,
+                        std::uintptr_t factor_scales, std::uintptr_t squared_norms, int rank, double base,
+                        double sign, double trusted, std::uintptr_t doubtful, int columns,
+                        const cuda::Survivors& survivors, std::uintptr_t stream) {
+  cuda::mixed_topk(rows,
+                   {at<const void>(factors), at<const void>(combine), at<const float>(factor_scales),
+                    at<const float>(squared_norms), rank, base, sign, trusted, at<bool>(doubtful)},
+                   columns, survivors, at<void>(stream));
+}
+
+void add_cuda(py::module_& m) {
+  py::class_<cuda::Rows>(m, "CudaRows", "Stored rows, by address: see csrc/cuda/scoring.h.")
+      .def(py::init(&cuda_rows_at), py::arg("values"), py::arg("type"), py::arg("stride"), py::arg("scales"),
+           py::arg("N"), py::arg("L"), py::arg("d"));
+  py::class_<cuda::Survivors>(m, "CudaSurvivors", "Room for keys, by address: see csrc/cuda/scoring.h.")
+      .def(py::init(&cuda_survivors_at), py::arg("keys"), py::arg("Q"), py::arg("k"), py::arg("slices"),
+           py::arg("capacity"), py::arg("largest"));
+  m.def("cuda_score_topk", &cuda_score_topk_at, py::arg("rows"), py::arg("queries"), py::arg("operand"),
+        py::arg("query_scales"), py::arg("columns"), py::arg("survivors"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/cuda/scoring.h.");
+  m.def("cuda_mixed_topk", &cuda_mixed_topk_at, py::arg("rows"), py::arg("factors"), py::arg("combine"),
+        py::arg("factor_scales"), py::arg("squared_norms"), py::arg("rank"), py::arg("base"), py::arg("sign"),
+        py::arg("trusted"), py::arg("doubtful"), py::arg("columns"), py::arg("survivors"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/cuda/scoring.h.");
+}
+
+#endif
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of trackstar_kernels.";
+  m.doc() = "Kernels of trackstar_kernels.";
+
+#ifdef TRACKSTAR_HAS_CUDA
+  m.attr("with_cuda") = true;
+  add_cuda(m);
+#else
+  m.attr("with_cuda") = false;
+#endif
 
   m.def("available_isas", &available_isas, "Instruction set levels that this machine can run, lowest first.");
   m.def("isa", &isa_name, "The level in force.");
@@ -120,8 +184,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<TopK>(m, "TopK", "Where results go, by address: see csrc/scoring.h.")
       .def(py::init(&top_at), py::arg("Q"), py::arg("k"), py::arg("largest"), py::arg("scores"),
            py::arg("positions"));
-  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("top"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
   py::class_<Task>(m, "Task",
                    "Queries under another inner product, copied from addresses: see csrc/scoring.h.")
       .def(py::init([](size_t Q, size_t L, size_t d, size_t rank, double base, double sign, double trusted) {
@@ -140,6 +204,6 @@ PYBIND11_MODULE(_C, m) {
           [](Task& task, std::uintptr_t weights) { task.set_weights(at<const float>(weights)); },
           py::arg("weights"));
   m.def("mixed_topk", &mixed_topk_at, py::arg("task"), py::arg("squared_norms"), py::arg("rows"),
-        py::arg("top"), py::arg("doubtful"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("tops"), py::arg("doubtful"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "See csrc/scoring.h.");
 }

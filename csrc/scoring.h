@@ -4,10 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace trackstar {
 
-enum class RowType { float32, float16 };
+enum class RowType { float32, float16, bfloat16 };
 
 // N rows of L blocks of d numbers; no size is zero.
 struct Rows {
@@ -29,12 +30,15 @@ struct TopK {
 
 // score(q, n) = Σ_b scales[n, b] · Σ_j queries[q, b, j] · rows[n, b, j]          queries (Q, L, d), dense
 //
+// One scan fills one result or several, such as the largest and the smallest scores; their Q are equal.
+//
 // Every score is accumulated in float32, in an order that depends on d and on whether Q ≤ 4 alone: chunks
 // that never cross a block, each summed from zero, then scaled and added one after another. With more than
-// four queries a chunk is 256 numbers summed in order; with up to four it is 256 vectors, whose lanes are
-// added last. So within each of the two cases a score has the same bits whatever the other queries and rows,
-// their number, and `threads`.
-void score_topk(const float* queries, const Rows& rows, const TopK& top, int threads);
+// four queries a chunk is 256 numbers, of which those at even and at odd places are summed in order and then
+// added (on vectors of four floats: all of them in order); with up to four it is 256 vectors, whose lanes are
+// added last, in pairs. So within each of the two cases a score has the same bits whatever the other queries and
+// rows, their number, and `threads`.
+void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
 
 // Queries and another inner product, in the layout of the kernels: made once, for any number of scans.
 //
@@ -59,17 +63,17 @@ class Task {
   void set_weights(const float* weights);
 
  private:
-  friend void mixed_topk(const Task&, const float*, const Rows&, const TopK&, bool*, int);
+  friend void mixed_topk(const Task&, const float*, const Rows&, const std::vector<TopK>&, bool*, int);
   struct Layout;
   std::unique_ptr<Layout> layout_;
 };
 
-// The best rows under a task, whose Q, L and d are those of `top` and `rows`; squared_norms (N, L), dense.
+// The best rows under a task, whose Q, L and d are those of `tops` and `rows`; squared_norms (N, L), dense.
 //
 // A row whose norm is less than `trusted` of its squared norms has lost it to rounding: it is left out of the
 // result and marked in doubtful (N). Only the first min(k, rows not marked) results of each query are filled.
 // Accumulated in float32, norms over blocks in float64; the order depends on rank, d and whether rank ≤ 4 alone.
-void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const TopK& top,
+void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
                 bool* doubtful, int threads);
 
 }  // namespace trackstar

@@ -74,7 +74,7 @@ void score_topk(Arguments& arguments) {
   std::vector<float> scores(Q * k);
   std::vector<int64_t> positions(Q * k);
   trackstar::score_topk(queries, {rows, type, static_cast<ptrdiff_t>(L * d), nullptr, N, L, d},
-                        {Q, k, true, scores.data(), positions.data()}, 1);
+                        {{Q, k, true, scores.data(), positions.data()}}, 1);
   write(arguments.text(), scores);
   write(arguments.text(), positions);
 }

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import trackstar
-from conftest import make_examples, make_llama
+from conftest import files_below, make_examples, make_llama
 from rich.console import Console
 from trackstar import SketchSpec, StoreError, attribute, build_store, open_store
 from trackstar.attribution import query_rows, score_rows
@@ -153,6 +153,47 @@ def test_jsonl_is_the_viewers(made, tmp_path):
     assert first["opponent_scores"] == worst.scores[0].tolist()
 
 
+def test_opponents_come_from_the_same_scan(made, tmp_path):
+    model, _, _, store = made
+    both = attribute(store, model, make_queries(2), k=3, opponents=True)
+    worst = attribute(store, model, make_queries(2), k=3, largest=False)
+    assert both.largest
+    assert not both.opponents.largest
+    for found, alone in ((both, attribute(store, model, make_queries(2), k=3)), (both.opponents, worst)):
+        assert torch.equal(found.scores, alone.scores)
+        assert torch.equal(found.indices, alone.indices)
+    both.to_jsonl(tmp_path / "out.jsonl")
+    line = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert line["opponent_scores"] == worst.scores[0].tolist()
+
+
+@pytest.mark.parametrize("mixing", [0, 0.9])
+def test_filters_and_little_memory_change_what_is_read_not_the_scores(made, mixing):
+    model, _, _, store = made
+    everything = attribute(store, model, make_queries(5), k=60, mixing=mixing)
+    scores = everything.scores.gather(1, everything.indices.argsort(dim=1))
+    kept = torch.tensor([1, 2, 3, 30, 31, 59])
+    for where in (kept, [str(i) for i in kept.tolist()], lambda example: example.index in kept):
+        result = attribute(store, model, make_queries(5), k=6, mixing=mixing, where=where, memory=20_000_000)
+        order = result.indices.argsort(dim=1)
+        assert torch.equal(result.indices.gather(1, order), kept.expand(5, 6))
+        torch.testing.assert_close(result.scores.gather(1, order), scores[:, kept], rtol=0, atol=1e-6)
+
+
+def test_results_are_written_whole_or_not_at_all(made, tmp_path, monkeypatch):
+    model, _, _, store = made
+    result = attribute(store, model, make_queries(2), k=3)
+    (tmp_path / "out.jsonl").write_text("what was there")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trackstar.store.Store.text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        result.to_jsonl(tmp_path / "out.jsonl")
+    assert files_below(tmp_path) == {"out.jsonl": b"what was there"}
+
+
 def test_the_table_marks_the_querys_words(made):
     model, _, _, store = made
     result = attribute(store, model, make_queries(2), k=3)
@@ -182,6 +223,15 @@ def test_marking():
         ({"k": 61}, r"k must be an int from 1 to 60 \(the store's examples\), got 61"),
         ({"mixing": 1}, 'mixing must be "auto" or a number with 0 ≤ mixing < 1, got 1'),
         ({"mixing": math.nan}, "got nan"),
+        (
+            {"k": 3, "where": [7, 9]},
+            r"k must be an int from 1 to 2 \(the examples that where leaves\), got 3",
+        ),
+        ({"where": lambda example: False}, "where must keep at least one of the 60 rows of the store"),
+        (
+            {"memory": 1000},
+            "memory must be at least .* bytes for 2 queries and k = 10 on this store, got 1,000",
+        ),
         ({"output": "score"}, "output must be one of loss, margin, logit; got 'score'"),
         ({"queries": []}, "queries must hold at least one query"),
         ({"queries": [{"prompt": "a"}]}, r"queries\[0\] must have \"prompt\" and \"target\""),

@@ -124,6 +124,26 @@ def test_many_queries_from_a_file(folder, store, monkeypatch, capsys, tmp_path):
     assert out.count("proponents, λ = 0.500") == 2
 
 
+def test_a_query_of_part_of_the_store(folder, store, monkeypatch, capsys, tmp_path):
+    (tmp_path / "ids").write_text("fact-3\nfact-4\nfact-5\nfact-17\n")
+    question = ("--model", folder / "model", "--prompt", "the capital of Peru is", "--target", "Lima")
+    for options, count in (
+        (("--rows", "2:5"), 3),
+        (("--rows", "15:"), 3),
+        (("--ids", tmp_path / "ids", "--rows", ":5"), 2),
+        (("--where", "id=fact-1?", "--where", "id=*[02468]", "--memory", "64MB"), 4),
+    ):
+        arguments = ("query", store, *question, *options, "--out", tmp_path / "o.jsonl", "-k", count)
+        assert call_main(monkeypatch, capsys, *arguments)[0] == 0
+        line = json.loads((tmp_path / "o.jsonl").read_text())
+        assert len(line["proponents"]) == count
+        code, _, err = call_main(monkeypatch, capsys, *arguments[:-1], count + 1)
+        assert code == 1
+        assert err.endswith(
+            f"k must be an int from 1 to {count} (the examples that where leaves), got {count + 1}\n"
+        )
+
+
 def test_info_and_verify(store, monkeypatch, capsys):
     code, out, _ = call_main(monkeypatch, capsys, "info", store)
     assert code == 0
@@ -149,6 +169,70 @@ def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
     assert code == 1
     assert err.count("\n") == 1
     assert "nothing is served from it" in err
+
+
+def test_looking_after_stores(folder, monkeypatch, capsys, tmp_path):
+    """From a build of half the corpus to a merged, narrow, repaired store."""
+
+    def call(*arguments):
+        code, out, err = call_main(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out
+
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    (tmp_path / "half.jsonl").write_text("\n".join(lines[:9]))
+    (tmp_path / "rest.jsonl").write_text("\n".join(lines[9:]))
+    model, store = ("--model", folder / "model"), tmp_path / "store"
+    half, rest = ("--data", tmp_path / "half.jsonl"), ("--data", tmp_path / "rest.jsonl")
+    call("build", *model, *half, "--out", store, "--sketch", 4, "--dtype", "int8", "--wide", "float16")
+    assert "18 rows of 14×16 int8 beside float16" in call("append", store, *model, *rest)
+    assert call("delete", store, "--index", 3, "--id", "fact-7").startswith("2 rows deleted")
+    (tmp_path / "ids").write_text("fact-0\nfact-1\n")
+    assert call("delete", store, "--ids", tmp_path / "ids").startswith("2 rows deleted")
+    assert "28 rows" in call("merge", "--out", tmp_path / "merged", store, store)
+    assert "14 rows of 14×16 sign" in call(
+        "reencode", store, "--out", tmp_path / "sign", "--dtype", "sign", "--wide", "float32"
+    )
+    call("rewhiten", store, "--out", tmp_path / "own")
+    call("rewhiten", tmp_path / "own", "--out", tmp_path / "back", "--like", store)
+    query = (*model, "--prompt", "the capital of Peru is", "--target", "Lima", "-k", 3)
+    assert "proponents" in call("query", tmp_path / "merged", *query)
+    next((store / "shards").glob("*/rows/data.ninja")).unlink()
+    assert call_main(monkeypatch, capsys, "verify", store)[0] == 1
+    assert call("repair", store, *model, "--data", folder / "data.jsonl") == "1 shards rebuilt\n"
+    assert "those read (50%) as written" in call("verify", store, "--sample", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("append", "STORE", "--model", "MODEL", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("append", "nowhere", "--model", "MODEL", "--data", "DATA"), "there is no store at nowhere"),
+        (("delete", "STORE", "--index", 99), "indices must be from 0 to 17, got 99"),
+        (("delete", "STORE", "--id", "none"), "ids must be of rows of"),
+        (("merge", "--out", "OUT", "STORE", "nowhere"), "there is no store at nowhere"),
+        (
+            ("reencode", "STORE", "--out", "OUT", "--dtype", "float16", "--wide", "float32"),
+            "wide must be None",
+        ),
+        (("rewhiten", "STORE", "--out", "OUT", "--like", "nowhere"), "there is no store at nowhere"),
+        (("verify", "STORE", "--sample", 2), "sample must be a number with 0 < sample ≤ 1"),
+    ],
+)
+def test_looking_after_stores_fails_in_one_clear_line(
+    folder, store, monkeypatch, capsys, tmp_path, arguments, message
+):
+    names = {
+        "STORE": store,
+        "MODEL": folder / "model",
+        "DATA": folder / "data.jsonl",
+        "OUT": tmp_path / "out",
+    }
+    code, _, err = call_main(monkeypatch, capsys, *(names.get(word, word) for word in arguments))
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_tokenizer_is_refused(folder, store, monkeypatch, capsys, tmp_path):
@@ -231,9 +315,15 @@ def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message)
     [
         ["build"],
         ["nothing"],
+        ["delete", "S"],
+        ["merge", "--out", "S"],
+        ["reencode", "S", "--out", "T"],
         ["query", "S", "--model", "M"],
         ["query", "S", "--model", "M", "--prompt", "a"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--mixing", "much"],
+        ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--rows", "3"],
+        ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--where", "wiki"],
+        ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--memory", "lots"],
         ["build", "--model", "M", "--data", "D", "--out", "S", "--dtype", "int3"],
         ["build", "--model", "M", "--data", "D", "--out", "S", "-k", "3"],
     ],
@@ -246,4 +336,5 @@ def test_help_lists_the_commands():
     out = subprocess.run(
         [sys.executable, "-m", "trackstar", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert all(command in out for command in ("build", "query", "info", "verify", "plan"))
+    commands = "build query info plan verify repair append delete merge reencode rewhiten"
+    assert all(command in out for command in commands.split())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from capture_memory import EXAMPLES, HIDDEN, LENGTH, WIDE
+from scan_memory import CASES, MEMORY
 
 CHILD = Path(__file__).with_name("capture_memory.py")
 
@@ -19,3 +20,13 @@ def test_capture_adds_less_than_one_layer_s_buffers(correction, threads):
     layer = tokens * (4 * 2 * HIDDEN + 3 * (HIDDEN + WIDE))  # inputs and output gradients of its 7 modules
     assert added < 4 * layer
     assert layer < per_example / 2  # one module's gradients, kept for every example, would show
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_scan_keeps_within_its_memory(tmp_path):
+    """Pages of the mapped store included, on a store of six times as much; without a limit the same scan exceeds it."""
+    command = [sys.executable, CHILD.with_name("scan_memory.py"), tmp_path]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    added = {name: int(line) for name, line in zip(CASES, lines, strict=True)}
+    assert added.pop("unlimited") > 2 * MEMORY
+    assert max(added.values()) <= MEMORY, added

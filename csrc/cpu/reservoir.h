@@ -37,6 +37,7 @@ class Reservoir {
 
   // A NaN threshold, which it is until something is known, lets everything through.
   bool wants(float score) const { return !(score <= threshold_); }
+  float threshold() const { return threshold_; }
 
   void add(float score, int64_t position) {
     if (candidates_.size() == capacity_) weed();

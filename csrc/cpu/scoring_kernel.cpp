@@ -8,107 +8,260 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kPanelRows = 12;  // two vectors of sums each: 24 of 32 registers
-#else
+constexpr int kDotSums = 24;
+constexpr int kGroup = 2;
+#elif defined(__AVX__)
 constexpr int kPanelRows = 6;  // 12 of 16 registers
+constexpr int kDotSums = 12;
+constexpr int kGroup = 2;
+#else
+constexpr int kPanelRows = 6;
+constexpr int kDotSums = 8;
+constexpr int kGroup = 1;
 #endif
+
+constexpr size_t kLineBytes = 64;
+constexpr size_t kDotAheadBytes = 1024;  // what a dot kernel fetches ahead of its reading
+
+// ---- Sums over lanes --------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+#define TRACKSTAR_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define TRACKSTAR_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX__)
+#define TRACKSTAR_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define TRACKSTAR_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define TRACKSTAR_EVEN 0, 2, 4, 6
+#define TRACKSTAR_ODD 1, 3, 5, 7
+#endif
+
+// The sums of neighbouring lanes: first those of a, then those of b.
+inline Vec fold(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, TRACKSTAR_EVEN) + __builtin_shufflevector(a, b, TRACKSTAR_ODD);
+}
+
+// Each vector's sum over its lanes, in neighbouring pairs, pairs of pairs, and so on.
+template <int kCount>
+inline void sum_lanes(const Vec* vectors, float* sums) {
+  Vec folded[kCount];
+#pragma GCC unroll 24
+  for (int i = 0; i < kCount; ++i) folded[i] = vectors[i];
+  int count = kCount;
+#pragma GCC unroll 4
+  for (int width = kLanes; width > 1; width /= 2) {
+#pragma GCC unroll 12
+    for (int i = 0; i < count; i += 2) folded[i / 2] = fold(folded[i], folded[i + 1 < count ? i + 1 : i]);
+    count = (count + 1) / 2;
+  }
+  alignas(64) float lanes[(kCount + kLanes - 1) / kLanes * kLanes];
+  for (int i = 0; i < count; ++i) store(lanes + i * kLanes, folded[i]);
+  for (int i = 0; i < kCount; ++i) sums[i] = lanes[i];
+}
 
 // ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
 
-constexpr int dot_rows(int queries) { return 8 / queries; }  // up to 8 sums in flight hide the latency of one
+constexpr int dot_rows(int queries) { return kDotSums / queries < 8 ? kDotSums / queries : 8; }
 
+// Adds the products of one vector of each row with one of each query.
 template <int kQueries, typename T>
-inline void add_products(const T* const* row, const float* query, size_t query_stride, size_t k,
-                         Vec sum[][kQueries]) {
+inline void add_products(const T* const* row, size_t k, const float* queries, Vec sum[][kQueries]) {
   constexpr int kRows = dot_rows(kQueries);
   Vec values[kQueries];
 #pragma GCC unroll 4
-  for (int q = 0; q < kQueries; ++q) values[q] = load(query + q * query_stride + k);
+  for (int q = 0; q < kQueries; ++q) values[q] = load(queries + q * kLanes);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    Vec value = load(row[r] + k);
+    const Vec value = load(row[r] + k);
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q) sum[r][q] += value * values[q];
   }
 }
 
 template <int kQueries, typename T>
-__attribute__((noinline)) void dot(const void* const* rows, const float* queries, size_t query_stride,
+__attribute__((noinline)) void dot(const void* const* rows, const void* const* next, const float* queries,
                                    size_t depth, const float* scale, float* scores, size_t score_stride) {
   constexpr int kRows = dot_rows(kQueries);
+  constexpr size_t kLine = kLineBytes / sizeof(T), kAhead = kDotAheadBytes / sizeof(T);
   const T* row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = static_cast<const T*>(rows[r]);
   Vec sum[kRows][kQueries] = {};
+  const size_t lines = depth / kLine * kLine, whole = depth / kLanes * kLanes;
+  // What is kAhead further on lies in the row itself until shortly before its end.
+  const size_t own = lines > kAhead ? lines - kAhead : 0;
   size_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) add_products<kQueries>(row, queries, query_stride, k, sum);
+  for (; k < own; k += kLine) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(row[r] + k + kAhead);
+#pragma GCC unroll 8
+    for (size_t i = k; i < k + kLine; i += kLanes)
+      add_products<kQueries>(row, i, queries + i * kQueries, sum);
+  }
+  for (; k < lines; k += kLine) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(static_cast<const T*>(next[r]) + (k - own));
+#pragma GCC unroll 8
+    for (size_t i = k; i < k + kLine; i += kLanes)
+      add_products<kQueries>(row, i, queries + i * kQueries, sum);
+  }
+  for (; k < whole; k += kLanes) add_products<kQueries>(row, k, queries + k * kQueries, sum);
   if (k < depth) {
     // The last numbers, padded with zeros to a vector.
+    const size_t rest = depth - k;
     T row_tail[kRows][kLanes] = {};
-    float query_tail[kQueries][kLanes] = {};
-    for (size_t j = 0; k + j < depth; ++j) {
+    float query_tail[kQueries * kLanes] = {};
+    for (size_t j = 0; j < rest; ++j) {
       for (int r = 0; r < kRows; ++r) row_tail[r][j] = row[r][k + j];
-      for (int q = 0; q < kQueries; ++q) query_tail[q][j] = queries[q * query_stride + k + j];
+      for (int q = 0; q < kQueries; ++q) query_tail[q * kLanes + j] = queries[k * kQueries + q * rest + j];
     }
     for (int r = 0; r < kRows; ++r) row[r] = row_tail[r];
-    add_products<kQueries>(row, query_tail[0], kLanes, 0, sum);
+    add_products<kQueries>(row, 0, query_tail, sum);
   }
+  float sums[kRows * kQueries];
+  sum_lanes<kRows * kQueries>(sum[0], sums);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) {
-      float total = 0;
-      for (int lane = 0; lane < kLanes; ++lane) total += sum[r][q][lane];
-      scores[r * score_stride + q] += scale[r] * total;
-    }
+    for (int q = 0; q < kQueries; ++q) scores[r * score_stride + q] += scale[r] * sums[r * kQueries + q];
   }
 }
 
 // ---- Many queries: vectors along the queries, so that rows need no transposition --------------------------
 
+// kGroup numbers of a row, again and again.
+inline Vec repeat(const float* from) {
+#if defined(__AVX__)
+  static_assert(kGroup == 2);
+  typedef double Doubles __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef double Double __attribute__((aligned(4), may_alias));
+  return (Vec)(*reinterpret_cast<const Double*>(from) - Doubles{});
+#else
+  static_assert(kGroup == 1);
+  return splat(*from);
+#endif
+}
+
 template <int kVecs>
-__attribute__((noinline)) void panel(const float* const* rows, const char* const* ahead, const float* panel,
-                                     size_t depth, const float* scale, float* scores, size_t score_stride) {
-  constexpr int kWidth = kVecs * kLanes;
-  constexpr size_t kLine = 16;  // floats of a cache line
+inline void add_group(Vec row, const Vec* query, Vec* sum) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVecs; ++v) sum[v] += row * query[v];
+}
+
+typedef float HalfVec __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+typedef float UnalignedHalfVec
+    __attribute__((vector_size(kLanes / 2 * sizeof(float)), aligned(4), may_alias));
+
+inline void add_scaled(float scale, Vec value, float* to) { store(to, load(to) + scale * value); }
+
+template <int kVecs>
+__attribute__((noinline)) void panel(const float* const* rows, const float* panel, size_t depth,
+                                     const Fetch& fetch, const float* scale, float* scores,
+                                     size_t score_stride) {
+  constexpr int kWidth = kVecs * kLanes / kGroup;
+  constexpr size_t kStep = 16;
   const float* row[kPanelRows];
 #pragma GCC unroll 12
   for (int r = 0; r < kPanelRows; ++r) row[r] = rows[r];
   Vec sum[kPanelRows][kVecs] = {};
-  for (size_t line = 0; line < depth; line += kLine) {
+  const size_t whole = depth / kGroup * kGroup;
+  size_t line = 0, due = 0;
+  for (size_t step = 0; step < whole; step += kStep) {
+    if (fetch.from != nullptr && step == due) {
 #pragma GCC unroll 12
-    for (int r = 0; r < kPanelRows; ++r) __builtin_prefetch(ahead[r] + 4 * line);
-    size_t end = line + kLine < depth ? line + kLine : depth;
-    for (size_t k = line; k < end; ++k) {
+      for (int r = 0; r < kPanelRows; ++r) __builtin_prefetch(fetch.from[r] + line);
+      line += kLineBytes;
+      due += fetch.step;
+    }
+    const size_t end = step + kStep < whole ? step + kStep : whole;
+    for (size_t k = step; k < end; k += kGroup) {
       Vec query[kVecs];
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) query[v] = load(panel + k * kWidth + v * kLanes);
 #pragma GCC unroll 12
       for (int r = 0; r < kPanelRows; ++r) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) sum[r][v] += row[r][k] * query[v];
+        add_group<kVecs>(repeat(row[r] + k), query, sum[r]);
       }
     }
   }
+  if (whole < depth) {
+    // One number is left, where a group has two.
+    Vec query[kVecs];
+    for (int v = 0; v < kVecs; ++v) query[v] = load(panel + whole * kWidth + v * kLanes);
 #pragma GCC unroll 12
-  for (int r = 0; r < kPanelRows; ++r) {
+    for (int r = 0; r < kPanelRows; ++r) {
+      const float last[2] = {row[r][whole], 0.0f};
+      add_group<kVecs>(repeat(last), query, sum[r]);
+    }
+  }
+  if constexpr (kGroup == 1) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kPanelRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      float* score = scores + r * score_stride + v * kLanes;
-      store(score, load(score) + scale[r] * sum[r][v]);
+      for (int v = 0; v < kVecs; ++v) add_scaled(scale[r], sum[r][v], scores + r * score_stride + v * kLanes);
+    }
+  } else if constexpr (kVecs == 2) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kPanelRows; ++r) {
+      add_scaled(scale[r], fold(sum[r][0], sum[r][1]), scores + r * score_stride);
+    }
+  } else {
+#pragma GCC unroll 12
+    for (int r = 0; r < kPanelRows; r += 2) {
+      // Each half of the folded vector is a row's.
+      HalfVec both[2];
+      store(reinterpret_cast<float*>(both), fold(sum[r][0], sum[r + 1][0]));
+      for (int i = 0; i < 2; ++i) {
+        auto* score = reinterpret_cast<UnalignedHalfVec*>(scores + (r + i) * score_stride);
+        *score += scale[r + i] * both[i];
+      }
     }
   }
 }
 
-void widen_halves(const Half* in, size_t n, float* out) { widen(in, n, out); }
+// ---- The rest ---------------------------------------------------------------------------------------------
+
+template <typename T>
+void widen_row(const void* in, size_t n, float* out) {
+  widen(static_cast<const T*>(in), n, out);
+}
 
 float sum_of_squares(const float* in, size_t n) {
   Vec sum = {};
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sum += load(in + i) * load(in + i);
-  float total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  float total;
+  sum_lanes<1>(&sum, &total);
   for (; i < n; ++i) total += in[i] * in[i];
   return total;
+}
+
+// Bit i: whether lane i is outside.
+inline unsigned lanes_outside(Vec score, Vec above, Vec below) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(score, above, _CMP_NLE_UQ) | _mm512_cmp_ps_mask(score, below, _CMP_NGE_UQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(
+      _mm256_or_ps(_mm256_cmp_ps(score, above, _CMP_NLE_UQ), _mm256_cmp_ps(score, below, _CMP_NGE_UQ)));
+#else
+  unsigned lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= (!(score[i] <= above[i]) | !(score[i] >= below[i])) << i;
+  return lanes;
+#endif
+}
+
+size_t outside(const float* scores, const float* above, const float* below, size_t n, uint32_t* which) {
+  size_t count = 0, i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (unsigned lanes = lanes_outside(load(scores + i), load(above + i), load(below + i)); lanes != 0;
+         lanes &= lanes - 1) {
+      which[count++] = i + __builtin_ctz(lanes);
+    }
+  }
+  for (; i < n; ++i) {
+    if (!(scores[i] <= above[i]) || !(scores[i] >= below[i])) which[count++] = i;
+  }
+  return count;
 }
 
 template <int kQueries, typename T>
@@ -116,21 +269,28 @@ constexpr DotKernel dot_kernel() {
   return {dot_rows(kQueries), dot<kQueries, T>};
 }
 
+template <typename T>
+constexpr RowKernels row_kernels() {
+  return {{dot_kernel<1, T>(), dot_kernel<2, T>(), dot_kernel<3, T>(), dot_kernel<4, T>()}, widen_row<T>};
+}
+
 template <int kVecs>
 constexpr PanelKernel panel_kernel() {
-  return {kPanelRows, kVecs * kLanes, panel<kVecs>};
+  return {kPanelRows, kVecs * int{kLanes} / kGroup, panel<kVecs>};
 }
 
 }  // namespace
 
 const ScoringKernels scoring_kernels = {
     kLanes,
-    {dot_kernel<1, float>(), dot_kernel<2, float>(), dot_kernel<3, float>(), dot_kernel<4, float>()},
-    {dot_kernel<1, Half>(), dot_kernel<2, Half>(), dot_kernel<3, Half>(), dot_kernel<4, Half>()},
+    kGroup,
+    row_kernels<float>(),
+    row_kernels<Half>(),
+    row_kernels<Bfloat16>(),
     panel_kernel<1>(),
     panel_kernel<2>(),
-    widen_halves,
     sum_of_squares,
+    outside,
 };
 
 }  // namespace TRACKSTAR_ISA

@@ -1,7 +1,8 @@
-// Micro-kernels of score_topk, one table per instruction set (csrc/cpu/isa.h).
+// Micro-kernels of scoring, one table per instruction set (csrc/cpu/isa.h).
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "cpu/narrow.h"
 
@@ -11,34 +12,54 @@ namespace trackstar {
 //
 //     scores[r * score_stride + q] += scale[r] · Σ_k rows[r][k] · query_q[k]      k < depth
 //
-// with a sum over k that starts from zero in every call and is always taken in the same order.
+// with a sum over k that starts from zero in every call and is always taken in the same order. Meanwhile they
+// fetch into cache what will be read later: rows lie too far apart for the hardware to see that coming.
 
-// Few queries, each dense and query_stride after the one before; rows of float or Half.
+// Few queries, rows as they are stored. Queries are interleaved by vectors of `lanes` numbers: the first vector
+// of each, the second of each, …, and what is left of each. Every row is read on from next[r] after this call.
 struct DotKernel {
   int rows;
-  void (*run)(const void* const* rows, const float* queries, size_t query_stride, size_t depth,
+  void (*run)(const void* const* rows, const void* const* next, const float* queries, size_t depth,
               const float* scale, float* scores, size_t score_stride);
 };
 
-// Many queries, panel[k * queries + q]. Meanwhile 4 · depth bytes at each ahead[r] are fetched into cache.
+// Lines to fetch: with every `step` numbers of depth that a kernel works on, one more at the address of each row.
+struct Fetch {
+  const char* const* from;  // null: nothing
+  size_t step;
+};
+
+// Many queries: panel[k / group][query][k % group], zeros where k ≥ depth.
 struct PanelKernel {
   int rows;
   int queries;
-  void (*run)(const float* const* rows, const char* const* ahead, const float* panel, size_t depth,
+  void (*run)(const float* const* rows, const float* panel, size_t depth, const Fetch& fetch,
               const float* scale, float* scores, size_t score_stride);
 };
 
 constexpr int kMaxDotQueries = 4;
 constexpr int kMaxBlockRows = 12;
 
-struct ScoringKernels {
-  int lanes;                             // of a vector
-  DotKernel dot_single[kMaxDotQueries];  // float rows, 1 to 4 queries
-  DotKernel dot_half[kMaxDotQueries];    // Half rows
-  PanelKernel narrow, wide;              // panels one and two vectors wide
-  void (*widen)(const Half* in, size_t n, float* out);
-  float (*sum_of_squares)(const float* in, size_t n);
+// What rows of one type need.
+struct RowKernels {
+  DotKernel dot[kMaxDotQueries];                        // 1 to 4 queries
+  void (*widen)(const void* in, size_t n, float* out);  // to what a panel kernel takes
 };
+
+struct ScoringKernels {
+  int lanes;  // of a vector
+  int group;  // numbers of depth side by side in a panel
+  RowKernels single, half, bfloat16;
+  PanelKernel narrow, wide;  // panels one and two vectors wide
+  float (*sum_of_squares)(const float* in, size_t n);
+
+  // Which of n scores are neither at most `above` nor at least `below`, each its own: NaNs and those beyond a
+  // bound. Their indices are written to `which`, in order; returns how many.
+  size_t (*outside)(const float* scores, const float* above, const float* below, size_t n, uint32_t* which);
+};
+
+// Those of the level in force.
+const ScoringKernels& scoring_kernels();
 
 namespace baseline {
 extern const ScoringKernels scoring_kernels;

@@ -22,6 +22,9 @@ from trackstar.cli_options import (
     StoreArgument,
     WideOption,
     load_model,
+    parse_bytes,
+    parse_condition,
+    parse_range,
     read_jsonl,
 )
 
@@ -87,6 +90,16 @@ def query(
         str, typer.Option(help='λ from 0 to below 1, or "auto" for the paper\'s rule.')
     ] = "auto",
     opponents: Annotated[bool, typer.Option("--opponents", help="Also the lowest scores.")] = False,
+    rows: Annotated[str | None, typer.Option(metavar="A:B", help="Look at rows A ≤ i < B alone.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="Look at the ids in this file alone, one a line.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=PATTERN",
+            help='Look at examples alone whose "id" or metadata field matches the shell pattern; may be given often.',
+        ),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="What the scan takes at most, such as 64MB or 2GB.")] = "256MB",
     out: Annotated[
         Path | None, typer.Option(help="Write the results as JSONL for the paper's viewer.")
     ] = None,
@@ -100,24 +113,40 @@ def query(
             share = float(mixing)
         except ValueError:
             raise typer.BadParameter(f'--mixing must be "auto" or a number, got {mixing!r}') from None
+    limit = parse_bytes(memory, "--memory")
+    first, end = parse_range(rows, "--rows")
+    conditions = [parse_condition(condition, "--where") for condition in where or []]
 
-    from trackstar.attribution import Result, query_rows, score_rows
-    from trackstar.examples import encode_queries
+    from trackstar.attribution import attribute
     from trackstar.report import print_result
+    from trackstar.selection import matching, select
     from trackstar.store import open_store
 
     opened = open_store(store)
+    chosen = select(
+        opened,
+        range(first, opened.end if end is None else end),
+        None if ids is None else ids.read_text(encoding="utf-8").splitlines(),
+        *(matching(field, pattern) for field, pattern in conditions),
+    )
     asked = [{"prompt": prompt, "target": target}] if queries is None else read_jsonl(queries, "--queries")
     network, tokenizer = load_model(model)
-    encoded = encode_queries(asked, tokenizer)
-    rows = query_rows(opened, network, encoded, tokenizer=tokenizer)
-    results = []
-    for largest in (True, False) if opponents else (True,):
-        scores, indices, used = score_rows(opened, rows, k=k, mixing=share, largest=largest)
-        results.append(Result(scores, indices, used, largest, encoded, opened))
-        print_result(results[-1])
+    result = attribute(
+        opened,
+        network,
+        asked,
+        tokenizer=tokenizer,
+        k=k,
+        mixing=share,
+        opponents=opponents,
+        where=chosen,
+        memory=limit,
+    )
+    print_result(result)
+    if result.opponents is not None:
+        print_result(result.opponents)
     if out is not None:
-        results[0].to_jsonl(out, opponents=results[1] if opponents else None)
+        result.to_jsonl(out)
         typer.echo(f"\nwritten: {out}")
 
 

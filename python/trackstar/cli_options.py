@@ -1,6 +1,7 @@
 """Options and input files that commands have in common."""
 
 import json
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,3 +97,27 @@ def load_model(folder: Path) -> tuple[Any, Any]:
         folder, dtype=torch.float32, local_files_only=True
     )
     return model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """The bytes that an amount such as 64MB or 2GB stands for: powers of 1000, as in what is printed."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
+    if found is None:
+        raise typer.BadParameter(f"{option} must be an amount such as 64MB or 2GB, got {text!r}")
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+
+
+def parse_range(text: str | None, option: str) -> tuple[int, int | None]:
+    """(A, B) of "A:B"; A is 0 and B None, for the end, where they are left out."""
+    found = re.fullmatch(r"(\d*):(\d*)", ":" if text is None else text)
+    if found is None:
+        raise typer.BadParameter(f"{option} must be A:B, got {text!r}")
+    return int(found[1] or 0), int(found[2]) if found[2] else None
+
+
+def parse_condition(text: str, option: str) -> tuple[str, str]:
+    """(FIELD, PATTERN) of "FIELD=PATTERN"."""
+    field, equals, pattern = text.partition("=")
+    if not field or not equals:
+        raise typer.BadParameter(f"{option} must be FIELD=PATTERN, got {text!r}")
+    return field, pattern

@@ -134,11 +134,16 @@ def choose_mixing(query_rows: torch.Tensor, eigenvalues: torch.Tensor) -> float:
 
     Source: TrackStar, arXiv 2410.17413, section 3 and appendix on task-specific Hessians.
     """
-    rows = query_rows.double().transpose(0, 1)
-    # R_eval's non-zero eigenvalues are those of the (smaller) Gram matrix.
-    gram = rows @ rows.transpose(1, 2) if rows.shape[1] <= rows.shape[2] else rows.transpose(1, 2) @ rows
-    evaluation = (torch.linalg.eigvalsh(gram) / rows.shape[1]).flatten().sort(descending=True).values
+    evaluation = torch.cat([_eigenvalues_of_moment(block.double()) for block in query_rows.unbind(1)])
+    evaluation = evaluation.sort(descending=True).values
     nonzero = int((evaluation > evaluation[0] * 1e-12).sum())
     train = eigenvalues.flatten().sort(descending=True).values
     k = min(max(round(MIXING_COMPONENT * train.numel()), 1), nonzero) - 1
     return min((train[k] / (evaluation[k] + train[k])).item(), MAX_MIXING)
+
+
+def _eigenvalues_of_moment(rows: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues of the mean of x xᵀ over rows (Q, d), as many as may be non-zero."""
+    # The smaller Gram matrix has them all.
+    gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
+    return torch.linalg.eigvalsh(gram) / len(rows)

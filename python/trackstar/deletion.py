@@ -10,7 +10,7 @@ from mmap_ninja import numpy as np_ninja
 
 from trackstar.durable import new_folder
 from trackstar.sealed import seal
-from trackstar.store import Store, open_store
+from trackstar.store import Store, open_store, read_deletions
 from trackstar.writer import Writer, writing
 
 
@@ -48,7 +48,7 @@ def delete_rows(path: str | os.PathLike[str], indices: Iterable[int]) -> Store:
 
 def commit_deletions(writer: Writer, indices: np.ndarray) -> None:
     """Commit that rows are deleted, given their indices, int64, ascending; those that are already are left out."""
-    known = Store(writer.path, writer.manifest).deleted.numpy()
+    known = read_deletions(writer.path, writer.manifest)
     rows = np.setdiff1d(indices, known, assume_unique=True)
     if len(rows) == 0:
         return

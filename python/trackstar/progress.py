@@ -36,9 +36,17 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def track(
-    label: str, total: int, done: int = 0, *, unit: str = "examples"
+    label: str, total: int, done: int = 0, *, unit: str = "examples", passing: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far ``label`` has come; the block calls what it gets with the number of ``unit`` just done."""
+    """Show how far ``label`` has come; the block calls what it gets with the number of ``unit`` just done.
+
+    Args:
+        label: what is being done.
+        total: units in all.
+        done: those that were done before.
+        unit: what is counted.
+        passing: show nothing that outlasts it: for what often takes no time.
+    """
     screen = console()
     if screen.is_terminal:
         columns = (
@@ -48,7 +56,7 @@ def track(
             _Rate(unit),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=screen) as bar:
+        with Progress(*columns, console=screen, transient=passing) as bar:
             task = bar.add_task(label, total=total, completed=done)
             yield lambda count: bar.advance(task, count)
         return
@@ -59,7 +67,7 @@ def track(
         nonlocal fresh, spoke
         fresh += count
         now = time.monotonic()
-        if now - spoke >= LINE_EVERY or done + fresh == total:
+        if now - spoke >= LINE_EVERY or (done + fresh == total and not passing):
             spoke = now
             rate = fresh / max(now - began, 1e-9)
             left = (total - done - fresh) / max(rate, 1e-9)

@@ -73,10 +73,11 @@ def checksum(file: Path) -> tuple[int, str]:
     """Size and XXH3-128 of a file, streamed."""
     digest = xxhash.xxh3_128()
     size = 0
+    buffer = memoryview(bytearray(1 << 18))  # stays in cache between reading and hashing
     with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
     return size, digest.hexdigest()
 
 

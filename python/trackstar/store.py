@@ -142,13 +142,9 @@ class Store:
     @functools.cached_property
     def deleted(self) -> torch.Tensor:
         """Indices of the deleted rows, int64, ascending."""
-        parts = [np.zeros(0, np.int64)]
-        for (count, _), folder in zip(self.manifest.deletions, self.deletion_folders, strict=True):
-            folder.require()
-            parts.append(np.array(folder.array("rows", "int64", (count,))))
-            if parts[-1].min() < 0 or parts[-1].max() >= self.end:
-                raise folder.error(f"{folder.name}/rows names rows that are not in the store")
-        return torch.from_numpy(np.unique(np.concatenate(parts)))
+        deleted = read_deletions(self.path, self.manifest)
+        # A merge that goes on has deletions of rows that are yet to come.
+        return torch.from_numpy(deleted[deleted < self.end])
 
     @property
     def squared_norms(self) -> torch.Tensor:
@@ -218,17 +214,9 @@ class Store:
         """The metadata that example ``index`` came with; empty where there was none."""
         return self._shard_of(index).metadata(index)
 
-    @property
-    def deletion_folders(self) -> list[SealedFolder]:
-        """Folders of the deleted rows' indices."""
-        return [
-            SealedFolder(self.path, f"deletions/{number:08d}", seal)
-            for number, (_, seal) in enumerate(self.manifest.deletions)
-        ]
-
     def folders(self) -> list[SealedFolder]:
         """Everything committed but the shards."""
-        found = [*index_folders(self.path, self.manifest), *self.deletion_folders]
+        found = [*index_folders(self.path, self.manifest), *_deletion_folders(self.path, self.manifest)]
         for name, seal in (("correction", self.manifest.correction), ("curvature", self.manifest.curvature)):
             if seal is not None:
                 found.append(SealedFolder(self.path, name, seal))
@@ -278,6 +266,29 @@ class Shards(Sequence[Shard]):
     def find(self, row: int) -> int:
         """Number of the shard that holds ``row``."""
         return self._index.find(row)
+
+
+def read_deletions(path: Path, manifest: Manifest) -> np.ndarray:
+    """Indices of the rows that a manifest says are deleted, int64, ascending.
+
+    Raises:
+        StoreError: a file is damaged.
+    """
+    parts = [np.zeros(0, np.int64)]
+    for (count, _), folder in zip(manifest.deletions, _deletion_folders(path, manifest), strict=True):
+        folder.require()
+        rows = np.array(folder.array("rows", "int64", (count,)))
+        if rows.min() < 0 or rows.max() >= manifest.total:
+            raise folder.error(f"{folder.name}/rows names rows that are not in the store")
+        parts.append(rows)
+    return np.unique(np.concatenate(parts))
+
+
+def _deletion_folders(path: Path, manifest: Manifest) -> list[SealedFolder]:
+    return [
+        SealedFolder(path, f"deletions/{number:08d}", seal)
+        for number, (_, seal) in enumerate(manifest.deletions)
+    ]
 
 
 def open_store(path: str | os.PathLike[str], *, check: bool = True) -> Store:

@@ -8,10 +8,11 @@ from trackstar_kernels._checks import check_count, check_dtype, check_same_devic
 from trackstar_kernels._codes import DTYPES, NARROW, code_size
 from trackstar_kernels._dispatch import implementation, register
 from trackstar_kernels.scoring._merge import merge_topk
+from trackstar_kernels.scoring._staging import staged
 
-__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk"]
+__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk", "staged"]
 
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 register("score_topk", BACKENDS)
 register("mixed_topk", BACKENDS)
 
@@ -36,14 +37,14 @@ def score_topk(
 
     Args:
         queries: (Q, D) or (Q, L, d) float32, finite.
-        rows: (N, D) or (N, L, d) float32 or float16, or int8, int4 or sign codes of :func:`encode_rows`, whose
-            dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
+        rows: (N, D) or (N, L, d) float32, float16 or bfloat16, or int8, int4 or sign codes of :func:`encode_rows`,
+            whose dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
         k: results per query, 1 ≤ k ≤ N.
         scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with queries of
             shape (Q, L, d). What codes stand for is their scales times the codes.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, best first, and indices (Q, k) int64. Equal scores are ordered by index. NaN
@@ -124,7 +125,7 @@ def mixed_topk(
         scales: multipliers of the rows, (N,) or (N, L) float32, as in :func:`score_topk`.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, within 1e-5 of the exact ones, and indices (Q, k) int64, ordered as in
@@ -175,21 +176,28 @@ def _(
     return _empty_result(queries, k)
 
 
-def prepare_task(queries: torch.Tensor, mixing: float, *, backend: str | None = None) -> "Task":
+def prepare_task(
+    queries: torch.Tensor, mixing: float, *, asked: range | None = None, backend: str | None = None
+) -> "Task":
     """What :func:`mixed_topk` has to compute of its queries alone, once for any number of calls.
 
     Args:
         queries: (Q, L, d) float32, finite, whitened. Not to be changed while the task is in use.
         mixing: λ, 0 ≤ λ < 1.
-        backend: None, "cpu" or "reference".
+        asked: positions of the queries that are scored, consecutive; None for all. The others shape R_task alike, so
+            that batches of a task's queries have the scores that they have together.
+        backend: None, "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: the shape, mixing or the backend is wrong, or queries are not finite.
+        ValueError: the shape, mixing, asked or the backend is wrong, or queries are not finite.
     """
     _check_task(queries, mixing)
+    asked = range(len(queries)) if asked is None else asked
+    if not (0 <= asked.start < asked.stop <= len(queries) and asked.step == 1):
+        raise ValueError(f"asked must be a range within 0 to {len(queries)} (the queries), got {asked}")
     with torch.no_grad():
-        return Task(queries, _prepare(queries, float(mixing), backend))
+        return Task(queries, _prepare(queries, float(mixing), backend, slice(asked.start, asked.stop)))
 
 
 class Task:
@@ -219,12 +227,12 @@ class Task:
 
 
 def _prepare(
-    queries: torch.Tensor, mixing: float, backend: str | None
+    queries: torch.Tensor, mixing: float, backend: str | None, asked: slice = slice(None)
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The task as a function of (rows, squared_norms, k, scales, largest, start)."""
     _check_finite(queries)
     prepare = implementation(__name__, "mixed_topk", queries.device, backend, function="prepare_task")
-    return prepare(queries, mixing)
+    return prepare(queries, mixing, asked)
 
 
 def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,7 +241,8 @@ def _empty_result(queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _check_finite(queries: torch.Tensor) -> None:
-    if not queries.isfinite().all():
+    # Part by part: what isfinite() takes in between is more than the queries themselves.
+    if not all(part.isfinite().all() for part in queries.split(64)):
         raise ValueError("queries must be finite, got NaN or infinity")
 
 
@@ -268,7 +277,7 @@ def _check_inputs(
     """Check what the two ops share; returns N."""
     check_shape("queries", check_tensor("queries", queries), ("Q", "D"), ("Q", "L", "d"))
     check_dtype("queries", queries, torch.float32)
-    check_dtype("rows", check_tensor("rows", rows), *DTYPES.values())
+    check_dtype("rows", check_tensor("rows", rows), torch.bfloat16, *DTYPES.values())
     check_shape("rows", rows, ("N", *queries.shape[1:-1], code_size(queries.shape[-1], rows.dtype)))
     N = len(rows)
     if min(*queries.shape, *rows.shape) == 0:

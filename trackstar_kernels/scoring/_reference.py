@@ -51,7 +51,9 @@ def mixed_topk(
     return _topk(torch.where(norms == 0, 0, numerator / norms), k, largest, start)
 
 
-def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def prepare_task(
+    queries: torch.Tensor, mixing: float, asked: slice
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Nothing is prepared: every call computes everything."""
 
     def run(
@@ -62,7 +64,8 @@ def prepare_task(queries: torch.Tensor, mixing: float) -> Callable[..., tuple[to
         largest: bool,
         start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start)
+        scores, indices = mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start)
+        return scores[asked], indices[asked]
 
     return run
 

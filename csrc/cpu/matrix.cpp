@@ -1,0 +1,65 @@
+#include "cpu/matrix.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace trackstar {
+namespace {
+
+size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
+
+}  // namespace
+
+Matrix::Matrix(size_t count, size_t L, size_t d) : Matrix(count, L, d, round_up(d, scoring_kernels().group)) {
+  if (count > kMaxDotQueries) return;
+  spacing_ = d;
+  panels_.clear();
+  interleaved_.resize(L * d * count);
+}
+
+Matrix::Matrix(size_t count, size_t L, size_t d, size_t spacing)
+    : count_(count), d_(d), spacing_(spacing), kernels_(&scoring_kernels()) {
+  const auto &narrow = kernels_->narrow, &wide = kernels_->wide;
+  for (size_t first = 0; first < count; first += panels_.back().kernel->queries) {
+    const PanelKernel& kernel = count - first <= static_cast<size_t>(narrow.queries) ? narrow : wide;
+    panels_.push_back({&kernel, first, Aligned<float>(L * spacing * kernel.queries)});
+  }
+}
+
+void Matrix::set_block(size_t b, const float* vectors, size_t stride) {
+  const size_t group = kernels_->group, lanes = kernels_->lanes;
+  for (Panel& panel : panels_) {
+    const size_t width = panel.kernel->queries, last = std::min(panel.first + width, count_);
+    float* values = panel.values.data() + b * spacing_ * width;
+    for (size_t i = 0; i < d_; i += group, values += width * group) {
+      const size_t together = std::min(group, d_ - i);
+      for (size_t v = panel.first; v < last; ++v) {
+        std::copy_n(vectors + v * stride + i, together, values + (v - panel.first) * group);
+      }
+    }
+  }
+  if (!panels_.empty()) return;
+  float* to = interleaved_.data() + b * spacing_ * count_;
+  for (size_t i = 0; i < d_; i += lanes) {
+    for (size_t v = 0; v < count_; ++v) {
+      to = std::copy_n(vectors + v * stride + i, std::min(lanes, d_ - i), to);
+    }
+  }
+}
+
+size_t Matrix::width() const {
+  return panels_.empty() ? count_
+                         : panels_.back().first + static_cast<size_t>(panels_.back().kernel->queries);
+}
+
+size_t Matrix::block_rows() const {
+  return panels_.empty() ? kernels_->single.dot[count_ - 1].rows : panels_.front().kernel->rows;
+}
+
+size_t Matrix::bytes() const {
+  size_t floats = interleaved_.size();
+  for (const Panel& panel : panels_) floats += panel.values.size();
+  return floats * sizeof(float);
+}
+
+}  // namespace trackstar

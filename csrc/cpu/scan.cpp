@@ -1,0 +1,114 @@
+#include "cpu/scan.h"
+
+#include <limits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace trackstar {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr size_t kMaxTurnRows = 192;  // that a thread takes at once: few enough for all to finish together
+
+int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
+
+}  // namespace
+
+Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_rows)
+    : kernels_(scoring_kernels()),
+      width_(width),
+      scores_(round_up(tile_rows, kMaxBlockRows) * width),
+      tile_rows_(tile_rows),
+      above_(width, kInfinity),
+      below_(width, -kInfinity),
+      interesting_(width) {
+  for (const TopK& top : tops) {
+    Selection selection{top.largest, {}};
+    selection.reservoirs.reserve(top.Q);
+    for (size_t q = 0; q < top.Q; ++q) selection.reservoirs.emplace_back(top.k, N);
+    // Until something is known every score is of interest.
+    std::fill_n(top.largest ? above_.begin() : below_.begin(), top.Q,
+                std::numeric_limits<float>::quiet_NaN());
+    selections_.push_back(std::move(selection));
+  }
+}
+
+void Scan::run(size_t begin, size_t end) {
+  for (size_t row = begin; row < end; row += tile_rows_) {
+    const size_t count = std::min(tile_rows_, end - row);
+    std::fill(scores_.begin(), scores_.end(), 0.0f);
+    score(row, count);
+    for (size_t r = 0; r < count; ++r) {
+      if (!valid(row + r)) continue;
+      const float* scores = scores_.data() + r * width_;
+      const size_t found =
+          kernels_.outside(scores, above_.data(), below_.data(), width_, interesting_.data());
+      for (size_t i = 0; i < found; ++i) {
+        offer(interesting_[i], scores[interesting_[i]], static_cast<int64_t>(row + r));
+      }
+    }
+  }
+}
+
+void Scan::offer(size_t query, float score, int64_t position) {
+  for (Selection& selection : selections_) {
+    if (query >= selection.reservoirs.size()) return;  // the NaN of a padding column
+    Reservoir& reservoir = selection.reservoirs[query];
+    const float signed_score = selection.largest ? score : -score;
+    if (!reservoir.wants(signed_score)) continue;
+    reservoir.add(signed_score, position);
+    (selection.largest ? above_ : below_)[query] =
+        selection.largest ? reservoir.threshold() : -reservoir.threshold();
+  }
+}
+
+void run_scans(const std::vector<std::unique_ptr<Scan>>& scans, size_t N, const std::vector<TopK>& tops) {
+  const auto threads = static_cast<int>(scans.size());
+  std::vector<std::vector<Candidate>> merged(threads);
+  for (auto& candidates : merged) {
+    for (const TopK& top : tops) {
+      candidates.reserve(std::min(threads * Reservoir::capacity(top.k), N));
+    }
+  }
+
+  // A thread reads through the tiles of its turn without a break.
+  const size_t tile_rows = scans.front()->tile_rows();
+  const size_t turn = threads == 1 ? N : round_up(std::min(kMaxTurnRows, N / (8 * threads) + 1), tile_rows);
+  const auto turns = static_cast<ptrdiff_t>((N + turn - 1) / turn);
+#pragma omp parallel for num_threads(threads) schedule(monotonic : dynamic)
+  for (ptrdiff_t i = 0; i < turns; ++i) {
+    scans[thread_index()]->run(i * turn, std::min((i + 1) * turn, N));
+  }
+
+  const size_t Q = tops.front().Q;
+  const auto results = static_cast<ptrdiff_t>(tops.size() * Q);
+#pragma omp parallel for num_threads(threads)
+  for (ptrdiff_t i = 0; i < results; ++i) {
+    const TopK& top = tops[i / Q];
+    const size_t q = i % Q;
+    auto& best = merged[thread_index()];
+    best.clear();
+    for (const auto& scan : scans) {
+      const auto& candidates = scan->candidates(i / Q, q);
+      best.insert(best.end(), candidates.begin(), candidates.end());
+    }
+    const size_t found = std::min(top.k, best.size());
+    std::partial_sort(best.begin(), best.begin() + static_cast<ptrdiff_t>(found), best.end(), better);
+    for (size_t j = 0; j < found; ++j) {
+      top.scores[q * top.k + j] = top.largest ? best[j].score : 0.0f - best[j].score;  // no minus zero
+      top.positions[q * top.k + j] = best[j].position;
+    }
+  }
+}
+
+}  // namespace trackstar

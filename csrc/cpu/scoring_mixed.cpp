@@ -1,0 +1,143 @@
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "cpu/aligned.h"
+#include "cpu/matrix.h"
+#include "cpu/row_reader.h"
+#include "cpu/scan.h"
+#include "scoring.h"
+
+namespace trackstar {
+
+// Blocks are combined in groups, so that one product is deep enough to be worth its start even where the rank is
+// small.
+struct Task::Layout {
+  explicit Layout(const Shape& shape);
+
+  size_t groups() const { return combine.size(); }
+  size_t blocks(size_t group) const { return std::min(group_blocks, shape.L - group * group_blocks); }
+
+  Shape shape;
+  std::vector<Matrix> factors;  // of each block: `rank` vectors (1, d)
+  size_t padded_rank;           // columns of a product with them
+  size_t group_blocks;
+  std::vector<Matrix> combine;  // of each group: Q vectors (blocks, rank), blocks padded_rank apart
+  Aligned<float> weights;
+};
+
+Task::Layout::Layout(const Shape& shape) : shape(shape), factors(shape.L, Matrix(shape.rank, 1, shape.d)) {
+  const size_t step = scoring_kernels().group;
+  padded_rank = (factors.front().width() + step - 1) / step * step;
+  group_blocks = std::min(shape.L, std::max<size_t>(1, RowReader::kDepth / padded_rank));
+  for (size_t b = 0; b < shape.L; b += group_blocks) {
+    combine.emplace_back(shape.Q, std::min(group_blocks, shape.L - b), shape.rank, padded_rank);
+  }
+}
+
+Task::Task(const Shape& shape) : layout_(new Layout(shape)) {}
+Task::~Task() = default;
+
+void Task::set_block(size_t b, const float* factors, const float* combine) {
+  const Shape& shape = layout_->shape;
+  layout_->factors[b].set_block(0, factors, shape.d);
+  layout_->combine[b / layout_->group_blocks].set_block(b % layout_->group_blocks, combine, shape.rank);
+}
+
+void Task::set_weights(const float* weights) {
+  layout_->weights.assign(weights, weights + layout_->shape.Q);
+  layout_->weights.resize(layout_->combine.front().width());
+}
+
+namespace {
+
+template <typename Layout>
+class MixedScan : public Scan {
+ public:
+  MixedScan(const Layout& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
+            bool* doubtful)
+      : Scan(tops, rows.N, task.combine.front().width(), rows_of_tile(task)),
+        reader_(rows, tile_rows()),
+        task_(task),
+        squared_norms_(squared_norms),
+        doubtful_(doubtful),
+        products_(tile_rows() * task.group_blocks * task.padded_rank),
+        squares_(tile_rows()) {}
+
+ private:
+  static size_t rows_of_tile(const Layout& task) {
+    size_t bytes = 0;
+    for (const Matrix& matrix : task.factors) bytes += matrix.bytes();
+    for (const Matrix& matrix : task.combine) bytes += matrix.bytes();
+    return trackstar::rows_of_tile(task.factors.front().block_rows(), bytes);
+  }
+
+  void score(size_t row, size_t count) override {
+    reader_.open(row, count);
+    std::fill(squares_.begin(), squares_.end(), 0.0);
+    for (size_t group = 0; group < task_.groups(); ++group) {
+      const size_t blocks = task_.blocks(group), width = blocks * task_.padded_rank;
+      std::fill(products_.begin(), products_.end(), 0.0f);
+      for (size_t i = 0; i < blocks; ++i) {
+        const size_t b = group * task_.group_blocks + i;
+        const Matrix& factors = task_.factors[b];
+        reader_.multiply(b, factors, 0, 0, factors.panels().size(), products_.data() + i * task_.padded_rank,
+                         width);
+      }
+      combine(count, task_.combine[group], width);
+      for (size_t r = 0; r < count; ++r) {
+        squares_[r] += kernels_.sum_of_squares(products_.data() + r * width, width);
+      }
+    }
+    for (size_t r = 0; r < count; ++r) {
+      const float* norms = squared_norms_ + (row + r) * task_.shape.L;
+      double whole = 0;
+      for (size_t b = 0; b < task_.shape.L; ++b) whole += norms[b];
+      const double norm = task_.shape.base * whole + task_.shape.sign * squares_[r];
+      doubtful_[row + r] = norm < task_.shape.trusted * whole;
+      const auto factor = static_cast<float>(whole == 0 ? 0.0 : 1 / std::sqrt(norm));
+      for (size_t q = 0; q < width_; ++q) scores_[r * width_ + q] *= factor * task_.weights[q];
+    }
+  }
+
+  bool valid(size_t row) const override { return !doubtful_[row]; }
+
+  // scores_ += products_ (count, width) times the matrix.
+  void combine(size_t count, const Matrix& matrix, size_t width) {
+    const size_t block_rows = matrix.block_rows();
+    for (size_t i = 0; i < width; i += RowReader::kDepth) {
+      const size_t depth = std::min(RowReader::kDepth, width - i);
+      for (size_t first = 0; first < count; first += block_rows) {
+        const float* rows[kMaxBlockRows];
+        float scales[kMaxBlockRows];
+        for (size_t r = 0; r < block_rows; ++r) {
+          rows[r] = products_.data() + std::min(first + r, count - 1) * width + i;
+          scales[r] = 1;
+        }
+        for (const Matrix::Panel& panel : matrix.panels()) {
+          panel.kernel->run(rows, matrix.panel_at(panel, 0, i), depth, {nullptr, 0}, scales,
+                            scores_.data() + first * width_ + panel.first, width_);
+        }
+      }
+    }
+  }
+
+  RowReader reader_;
+  const Layout& task_;
+  const float* squared_norms_;
+  bool* doubtful_;
+  Aligned<float> products_;  // (row of the tile, group_blocks, padded_rank): t of a group
+  std::vector<double> squares_;
+};
+
+}  // namespace
+
+void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
+                bool* doubtful, int threads) {
+  using Scan = MixedScan<Task::Layout>;
+  run_scans(rows.N, tops, threads,
+            [&] { return std::make_unique<Scan>(*task.layout_, squared_norms, rows, tops, doubtful); });
+}
+
+}  // namespace trackstar

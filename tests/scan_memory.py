@@ -1,0 +1,50 @@
+"""Run by test_memory.py: prints how much scans of a store add to the memory of the process at most, in bytes each."""
+
+import sys
+from pathlib import Path
+
+import torch
+from capture_memory import peak
+from synthetic import make_store
+from trackstar.scan import plan_scan
+from trackstar.selection import select
+
+BLOCKS, SIZE, SHARD_ROWS, SHARDS = 64, 64, 4000, 5
+MEMORY = 26_000_000
+CASES = {
+    "mixed": {"queries": 40, "mixing": 0.5},
+    "not mixed": {"queries": 40, "mixing": 0.0},
+    "both directions": {"queries": 40, "mixing": 0.5, "directions": (True, False)},
+    "many results": {"queries": 20, "mixing": 0.5, "k": 2000},
+    "many queries": {"queries": 600, "mixing": 0.5},
+    "scattered rows": {"queries": 40, "mixing": 0.5, "every": 3},
+    "unlimited": {"queries": 40, "mixing": 0.5, "memory": 10**9},
+}
+
+
+def resident():
+    """Memory of this process now, pages of files included; the largest so far starts anew from it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def main(folder):
+    torch.set_num_threads(2)
+    shards = (torch.randn(SHARD_ROWS, BLOCKS, SIZE) for _ in range(SHARDS))
+    store = make_store(Path(folder) / "store", list(shards))
+    for case in [
+        {"queries": 40, "mixing": 0.5, "stop": 300},
+        *CASES.values(),
+    ]:  # the first loads what all need
+        queries = torch.randn(case["queries"], BLOCKS, SIZE)
+        chosen = select(store, range(0, case.get("stop", store.end), case.get("every", 1)))
+        options = {"directions": case.get("directions", (True,)), "memory": case.get("memory", MEMORY)}
+        scan = plan_scan(store, chosen, len(queries), case.get("k", 10), mixed=case["mixing"] > 0, **options)
+        before = resident()
+        scan.run(queries, case["mixing"])
+        if case in CASES.values():
+            print(peak() - before)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
