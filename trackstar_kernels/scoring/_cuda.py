@@ -23,10 +23,7 @@ def score_topk(
     largest: bool,
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None.
-
-    Rows may also be bfloat16.
-    """
+    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None."""
     queries, rows = queries.contiguous(), _readable(rows, queries.shape[2])
     Q, N = len(queries), len(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
