@@ -28,10 +28,9 @@ constexpr const char* kBaseline = "neon";
 #else
 constexpr const char* kBaseline = "baseline";
 #endif
-const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},
-                                               {"x86-64-v3", Isa::v3},
-                                               {"x86-64-v4", Isa::v4},
-                                               {"avx512-bf16", Isa::v4_bf16}};
+const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},    {"x86-64-v3", Isa::v3},
+                                               {"avx-vnni", Isa::v3_vnni},    {"x86-64-v4", Isa::v4},
+                                               {"avx512-vnni", Isa::v4_vnni}, {"avx512-bf16", Isa::v4_bf16}};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
@@ -83,7 +82,11 @@ RowType row_type_of(const std::string& name) {
   if (name == "float32") return RowType::float32;
   if (name == "float16") return RowType::float16;
   if (name == "bfloat16") return RowType::bfloat16;
-  throw std::invalid_argument("row type must be float32, float16 or bfloat16, got '" + name + "'");
+  if (name == "int8") return RowType::int8;
+  if (name == "int4") return RowType::int4;
+  if (name == "sign") return RowType::sign;
+  throw std::invalid_argument("row type must be float32, float16, bfloat16, int8, int4 or sign, got '" +
+                              name + "'");
 }
 
 Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
@@ -97,6 +100,13 @@ TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintpt
 
 void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
   score_topk(at<const float>(queries), rows, tops, threads);
+}
+
+void rescored_topk_at(std::uintptr_t queries, const Rows& codes, const Rows& wider,
+                      std::uintptr_t squared_norms, const std::vector<TopK>& tops, std::uintptr_t rescored,
+                      int threads) {
+  rescored_topk(at<const float>(queries), codes, wider, at<const float>(squared_norms), tops,
+                at<std::int64_t>(rescored), threads);
 }
 
 void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows,
@@ -186,6 +196,9 @@ PYBIND11_MODULE(_C, m) {
            py::arg("positions"));
   m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  m.def("rescored_topk", &rescored_topk_at, py::arg("queries"), py::arg("codes"), py::arg("wider"),
+        py::arg("squared_norms"), py::arg("tops"), py::arg("rescored"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
   py::class_<Task>(m, "Task",
                    "Queries under another inner product, copied from addresses: see csrc/scoring.h.")
       .def(py::init([](size_t Q, size_t L, size_t d, size_t rank, double base, double sign, double trusted) {

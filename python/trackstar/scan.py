@@ -27,6 +27,9 @@ SLACK = 8 << 20
 LEAST_ROWS = 64
 """Rows that a piece can always hold: with fewer, a scan would mostly wait."""
 
+UNPACKED = {"int8": 3, "int4": 6, "sign": 12}
+"""Bytes that the numbers of a narrow row take one by one, while they are scored."""
+
 CPU = torch.device("cpu")
 
 Found = tuple[torch.Tensor, torch.Tensor]
@@ -85,9 +88,13 @@ class Scan:
         best = [_Best(self.k, largest) for largest in self.directions]
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
             for rows, codes, scales, squared_norms in _on_device(pieces, self.device):
-                k = min(self.k, len(rows))
-                for one in best:
-                    scores, positions = task.topk(codes, squared_norms, k, scales=scales, largest=one.largest)
+                arrays = codes, squared_norms, min(self.k, len(rows))
+                if len(best) == 1:
+                    found = [task.topk(*arrays, scales=scales, largest=best[0].largest)]
+                else:
+                    highest, lowest = task.extremes(*arrays, scales=scales)
+                    found = [highest if one.largest else lowest for one in best]
+                for one, (scores, positions) in zip(best, found, strict=True):
                     one.add(scores.cpu(), rows[positions.cpu()])
                 advance(len(rows))
         return [one.merged() for one in best]
@@ -177,7 +184,7 @@ def fit_scan(
     else:
         per_query += 20 * L * d
         per_row = 4 * L
-    per_row += 32 + copies * layout.row_bytes
+    per_row += 32 + copies * layout.row_bytes + UNPACKED.get(layout.dtype, 0) * L * d
     least = fixed + per_query + LEAST_ROWS * per_row
     if memory < least:
         raise ValueError(

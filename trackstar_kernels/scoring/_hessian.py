@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from trackstar_kernels._codes import NARROW
+from trackstar_kernels._codes import NARROW, decode_rows
 from trackstar_kernels.scoring._merge import merge_topk
 
 # Float32 keeps the squared norm of a row to about 2⁻²⁴ of ‖y‖² where terms of that size cancel, and its root
@@ -22,6 +22,9 @@ TRUSTED_DIFFERENCE = 0.05
 TRUSTED_SQUARE = 0.05**2
 
 SCRATCH = 64 * 2**20  # bytes of working memory for doing that
+
+Found = tuple[torch.Tensor, torch.Tensor]
+"""Scores (Q, k) and indices (Q, k)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +124,9 @@ class Hessian:
         row_squares = self.queries.new_zeros(n, dtype=torch.float64)
         kept = self.queries.new_zeros(n, dtype=torch.float64)
         for block, (factor, combine, square) in enumerate(self.blocks()):
-            y = rows[positions, block].double()
-            if scales is not None:
-                y *= scales[positions, block, None]
+            block_scales = None if scales is None else scales[positions, block : block + 1]
+            codes = rows[positions, block : block + 1]
+            y = decode_rows(codes, block_scales, self.queries.shape[2], torch.float64)[:, 0]
             t = factor @ y.T
             numerators.addmm_(combine, t)
             query_squares += square
@@ -137,30 +140,28 @@ class Hessian:
 
 
 class CosineTask:
-    """λ = 0: inner products of unit vectors."""
+    """λ = 0: inner products of unit vectors, by ``score_ends(queries, rows, k, scales, ends, start)``."""
 
-    def __init__(
-        self, queries: torch.Tensor, score_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        self.score_topk = score_topk
+    def __init__(self, queries: torch.Tensor, score_ends: Callable[..., list[Found]]) -> None:
+        self.score_ends = score_ends
         wide = queries.double()
         self.unit = (wide * inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
 
-    def topk(
+    def scan(
         self,
         rows: torch.Tensor,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
+        ends: tuple[bool, ...],
         start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> list[Found]:
         unit = self.unit
         inverse = inverse_root(squared_norms.sum(1, keepdim=True))
         scales = inverse if scales is None else scales * inverse
         if scales.shape[1] == 1 and rows.dtype not in NARROW:
             unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
-        return self.score_topk(unit, rows, k, scales, largest, start)
+        return self.score_ends(unit, rows, k, scales, ends, start)
 
 
 def inverse_root(squares: torch.Tensor) -> torch.Tensor:
