@@ -21,6 +21,10 @@ CASES = {
     "int8": {"queries": 40, "mixing": 0.5, "dtype": "int8"},
     "int4": {"queries": 40, "mixing": 0.5, "dtype": "int4"},
     "sign": {"queries": 40, "mixing": 0.5, "dtype": "sign"},
+    "int8, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "int8"},
+    "int4, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "int4"},
+    "sign, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "sign"},
+    "many queries, int4": {"queries": 400, "mixing": 0.0, "k": 100, "dtype": "int4"},
     "unlimited": {"queries": 40, "mixing": 0.5, "memory": 10**9},
 }
 

@@ -27,9 +27,6 @@ SLACK = 8 << 20
 LEAST_ROWS = 64
 """Rows that a piece can always hold: with fewer, a scan would mostly wait."""
 
-UNPACKED = {"int8": 3, "int4": 6, "sign": 12}
-"""Bytes that the numbers of a narrow row take one by one, while they are scored."""
-
 CPU = torch.device("cpu")
 
 Found = tuple[torch.Tensor, torch.Tensor]
@@ -172,8 +169,9 @@ def fit_scan(
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
     L, d, threads = layout.blocks, layout.size, torch.get_num_threads()
     # What csrc/scoring.h works with: tiles of 48 rows, and for each thread and query a reservoir of 2k + 64
-    # candidates of 16 bytes. Merging takes 3k candidates of 12 bytes and sorts them three times.
-    reservoir = 16 * (2 * k + 64)
+    # candidates of 16 bytes, or, of codes, k and 2k + 512 that wait. Merging takes 3k candidates of 12 bytes and
+    # sorts them three times.
+    reservoir = 16 * (3 * k + 512 if layout.narrow else 2 * k + 64)
     per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
     fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
     if mixed:
@@ -184,7 +182,7 @@ def fit_scan(
     else:
         per_query += 20 * L * d
         per_row = 4 * L
-    per_row += 32 + copies * layout.row_bytes + UNPACKED.get(layout.dtype, 0) * L * d
+    per_row += 32 + copies * layout.row_bytes
     least = fixed + per_query + LEAST_ROWS * per_row
     if memory < least:
         raise ValueError(
