@@ -1,8 +1,8 @@
 """What narrow rows keep of the answers: ``python -m benchmarks.narrow STORE --model DIR --queries FILE.jsonl``.
 
-STORE has float32 rows, such as a build with ``--dtype float32``. They are encoded in every dtype, as ``trackstar reencode``
-does, and asked the same questions with the task-mixed Hessian: how many of the ten best stay, and how many of the float32
-rows' ten are among the fifty best, where rescoring would find them. Nothing is timed.
+STORE has float32 rows, such as a build with ``--dtype float32``. They are encoded in every dtype, as
+``trackstar reencode`` does, and asked the same questions with the task-mixed Hessian: how many of the ten best stay,
+and how many of the float32 rows' ten are among the fifty best, where rescoring would find them. Nothing is timed.
 """
 
 import argparse
@@ -41,7 +41,9 @@ def main() -> None:
     rows, norms = store.rows(0, len(store)), store.squared_norms
     results = []
     print(f"{len(store)} rows of {store.row_shape}, {len(asked)} queries, λ = {mixing:.3f}")
-    print(f"{'rows':<8} {'bytes a row':>11} {'top 10 kept':>11} {'within top 50':>13} {'error of a score':>16}")
+    print(
+        f"{'rows':<8} {'bytes a row':>11} {'top 10 kept':>11} {'within top 50':>13} {'error of a score':>16}"
+    )
     truth: tuple[torch.Tensor, torch.Tensor] | None = None
     for dtype in DTYPES:
         layout = Layout(dtype, None, *store.row_shape)
@@ -57,7 +59,13 @@ def main() -> None:
         error = (by_row - truth[0]).square().mean().sqrt().item()
         print(f"{dtype:<8} {layout.row_bytes:>11,} {kept:>11.3f} {within:>13.3f} {error:>16.2e}")
         results.append(
-            {"dtype": dtype, "bytes": layout.row_bytes, "top 10": kept, "within top 50": within, "error": error}
+            {
+                "dtype": dtype,
+                "bytes": layout.row_bytes,
+                "top 10": kept,
+                "within top 50": within,
+                "error": error,
+            }
         )
     print(f"written: {save('narrow', results)}")
 
