@@ -85,9 +85,13 @@ class Scan:
         best = [_Best(self.k, largest) for largest in self.directions]
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
             for rows, codes, scales, squared_norms in _on_device(pieces, self.device):
-                k = min(self.k, len(rows))
-                for one in best:
-                    scores, positions = task.topk(codes, squared_norms, k, scales=scales, largest=one.largest)
+                arrays = codes, squared_norms, min(self.k, len(rows))
+                if len(best) == 1:
+                    found = [task.topk(*arrays, scales=scales, largest=best[0].largest)]
+                else:
+                    highest, lowest = task.extremes(*arrays, scales=scales)
+                    found = [highest if one.largest else lowest for one in best]
+                for one, (scores, positions) in zip(best, found, strict=True):
                     one.add(scores.cpu(), rows[positions.cpu()])
                 advance(len(rows))
         return [one.merged() for one in best]
