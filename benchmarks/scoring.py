@@ -1,4 +1,4 @@
-"""score_topk and mixed_topk beside torch.mm, memory and each other: ``python -m benchmarks.scoring [--only TABLE …]``.
+"""score_topk and mixed_topk beside torch.mm, memory and each other: ``python -m benchmarks.scoring [--isa I]``.
 
 Stored rows are 20,000 × 4,096, 16 blocks of 256. Beside each result the best of several forms of torch.mm on float32
 rows, without a selection; for one query, reading the rows and doing nothing. Results are checked against their

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import make_llama
+from test_optimizer_states import a_safetensors_file, a_sharded_state, a_trainer_folder, adam
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trackstar.cli import app, main
 from transformers import PreTrainedTokenizerFast
@@ -154,6 +156,31 @@ def test_info_and_verify(store, monkeypatch, capsys):
     assert (code, out.strip()) == (0, "18 rows in 1 shards, all as written; complete")
 
 
+@pytest.mark.parametrize("form", ["file", "distributed", "safetensors"])
+def test_an_optimizer_state_of_any_form(folder, monkeypatch, capsys, tmp_path, form):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    optimizer = adam(model)
+    saved = tmp_path / "checkpoint"
+    saved.mkdir()
+    {"file": a_trainer_folder, "distributed": a_sharded_state, "safetensors": a_safetensors_file}[form](
+        model, optimizer, saved
+    )
+    options = ("--data", folder / "data.jsonl", "--optimizer", saved, "--correction", "exact", "--sketch", 4)
+    arguments = ("build", "--model", folder / "model", "--out", tmp_path / "s", *options)
+    code, _, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    _, out, _ = call_main(monkeypatch, capsys, "info", tmp_path / "s")
+    assert '"source": "optimizer:adam"' in out
+
+    make_llama(intermediate_size=40, vocab_size=len(WORDS) + 1).save_pretrained(tmp_path / "other")
+    save_tokenizer(tmp_path / "other", WORDS)
+    arguments = ("build", "--model", tmp_path / "other", "--out", tmp_path / "t", *options)
+    code, _, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert "has shape (44, 32), the parameter (40, 32)" in err
+    assert err.count("\n") == 1
+
+
 def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
     damaged = tmp_path / "store"
     shutil.copytree(store, damaged)
@@ -247,20 +274,26 @@ def test_another_tokenizer_is_refused(folder, store, monkeypatch, capsys, tmp_pa
     assert err.count("\n") == 1
 
 
-def test_plan_writes_nothing(folder, monkeypatch, capsys, tmp_path):
-    arguments = (
-        "plan",
-        "--model",
-        folder / "model",
-        "--data",
-        folder / "data.jsonl",
-        "--out",
-        tmp_path / "s",
-    )
-    code, out, _ = call_main(monkeypatch, capsys, *arguments)
+def test_plan_needs_no_weights_and_writes_nothing(folder, monkeypatch, capsys, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    given = ("plan", "--model", tmp_path / "model", "--out", tmp_path / "s")
+    code, out, _ = call_main(monkeypatch, capsys, *given, "--data", folder / "data.jsonl")
     assert code == 0
-    assert "18 rows of 14 × 256 to write" in " ".join(out.split())
-    assert not (tmp_path / "s").exists()
+    assert "14 blocks of 256" in out
+    assert "measured" in out
+    assert [line.split()[0] for line in out.splitlines() if line.lstrip()[:1].isdigit()][-1] == "18"
+    code, out, _ = call_main(monkeypatch, capsys, *given, "--gpu", "H100")
+    assert code == 0
+    assert "from data sheet, not measured" in out
+    assert "1,000,000,000" in out
+    code, out, _ = call_main(
+        monkeypatch, capsys, *given, "--examples", "2e5", "--tokens", "64", "--dtype", "int8"
+    )
+    assert code == 0
+    assert "200,000" in out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -321,6 +354,10 @@ def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message)
         ["query", "S", "--model", "M"],
         ["query", "S", "--model", "M", "--prompt", "a"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--mixing", "much"],
+        ["plan", "--model", "M", "--examples", "many"],
+        ["plan", "--model", "M", "--examples", "5", "--data", "D"],
+        ["plan", "--model", "M", "--tokens", "0"],
+        ["plan", "--model", "M", "--gpu", "GTX"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--rows", "3"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--where", "wiki"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--memory", "lots"],

@@ -441,6 +441,23 @@ def test_asked_queries_must_be_some_of_the_task(asked):
         prepare_task(randn(3, 2, 4), 0.5, asked=asked)
 
 
+@pytest.mark.parametrize("mixing", [0, 0.5])
+@pytest.mark.parametrize("Q", [3, 30])
+@pytest.mark.parametrize("threads_", [1, 3])
+def test_extremes_are_both_ends(backend, mixing, Q, threads_):
+    """From one scan, ties, NaN and rows that need float64 included."""
+    queries, rows = randn(Q, 2, 16), randn(300, 2, 16, seed=1)
+    rows[150:] = rows[:150]  # every score is there twice
+    rows[7] = torch.nan
+    rows[20], rows[30] = 30 * queries[0], -30 * queries[1]
+    task = prepare_task(queries, mixing, backend=backend)
+    with threads(threads_):
+        both = task.extremes(rows, squared_norms(rows), 40, start=5)
+        for found, largest in zip(both, (True, False), strict=True):
+            wanted = task.topk(rows, squared_norms(rows), 40, largest=largest, start=5)
+            assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
 def test_more_mixing_changes_the_answer():
     queries, rows = randn(8, 2, 16), randn(100, 2, 16, seed=1)
     plain, mixed = (exact_mixed(queries, rows, mixing) for mixing in (0.0, 0.9))

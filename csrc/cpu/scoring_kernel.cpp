@@ -187,7 +187,17 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
 
 template <typename T>
 void widen_row(const void* in, size_t n, float* out) {
-  widen(static_cast<const T*>(in), n, out);
+  constexpr size_t kTogether = 8;
+  const T* from = static_cast<const T*>(in);
+  size_t i = 0;
+  for (; i + kTogether * kLanes <= n; i += kTogether * kLanes) {
+    Vec wide[kTogether];
+#pragma GCC unroll 8
+    for (size_t j = 0; j < kTogether; ++j) wide[j] = load(from + i + j * kLanes);
+#pragma GCC unroll 8
+    for (size_t j = 0; j < kTogether; ++j) store(out + i + j * kLanes, wide[j]);
+  }
+  widen(from + i, n - i, out + i);
 }
 
 float sum_of_squares(const float* in, size_t n) {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
 
+from trackstar.layout import Layout
 from trackstar.pieces import Piece, read_pieces
 from trackstar.progress import track
 from trackstar.selection import Selection
@@ -84,9 +85,13 @@ class Scan:
         best = [_Best(self.k, largest) for largest in self.directions]
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
             for rows, codes, scales, squared_norms in _on_device(pieces, self.device):
-                k = min(self.k, len(rows))
-                for one in best:
-                    scores, positions = task.topk(codes, squared_norms, k, scales=scales, largest=one.largest)
+                arrays = codes, squared_norms, min(self.k, len(rows))
+                if len(best) == 1:
+                    found = [task.topk(*arrays, scales=scales, largest=best[0].largest)]
+                else:
+                    highest, lowest = task.extremes(*arrays, scales=scales)
+                    found = [highest if one.largest else lowest for one in best]
+                for one, (scores, positions) in zip(best, found, strict=True):
                     one.add(scores.cpu(), rows[positions.cpu()])
                 advance(len(rows))
         return [one.merged() for one in best]
@@ -137,14 +142,38 @@ def plan_scan(
     Raises:
         ValueError: a single query and a few rows need more.
     """
+    # The piece that is scored and the one that is read; rows that are copied lie beside what they are copied from;
+    # and on their way to another device pieces pass through two buffers.
+    copies = (2 if len(chosen.starts) == 1 else 3) + (0 if device.type == "cpu" else 2)
+    found = fit_scan(
+        store.layout, queries, k, mixed=mixed, directions=len(directions), copies=copies, memory=memory
+    )
+    return Scan(store, chosen, k, directions, *found, device)
+
+
+def fit_scan(
+    layout: Layout, queries: int, k: int, *, mixed: bool, directions: int, copies: int, memory: int
+) -> tuple[list[range], int, int]:
+    """Batches, rows of a piece, and bytes of a scan: see :class:`Scan` and :func:`plan_scan`.
+
+    Args:
+        layout: of the store.
+        queries: Q.
+        k: rows per query.
+        mixed: whether λ > 0.
+        directions: 2 where highest and lowest scores are found.
+        copies: of a piece's rows that are in memory at a time.
+        memory: bytes.
+    """
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
-    L, d, threads = *store.row_shape, torch.get_num_threads()
+    L, d, threads = layout.blocks, layout.size, torch.get_num_threads()
     # What csrc/scoring.h works with: tiles of 48 rows, and for each thread and query a reservoir of 2k + 64
-    # candidates of 16 bytes. Merging takes 3k candidates of 12 bytes and sorts them three times.
-    reservoir = 16 * (2 * k + 64)
-    per_query = 192 * threads + len(directions) * (threads * reservoir + 220 * k)
-    fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * len(directions)
+    # candidates of 16 bytes, or, of codes, k and 2k + 512 that wait. Merging takes 3k candidates of 12 bytes and
+    # sorts them three times.
+    reservoir = 16 * (3 * k + 512 if layout.narrow else 2 * k + 64)
+    per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
+    fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
     if mixed:
         rank = d if 7 * d < 8 * queries else queries
         fixed += 4 * L * (rank + 32) * d + 192 * rank * threads + 8 * (6 * rank**2 + 2 * queries * d)
@@ -153,9 +182,7 @@ def plan_scan(
     else:
         per_query += 20 * L * d
         per_row = 4 * L
-    # The piece that is scored and the one that is read; rows that are copied lie beside what they are copied from.
-    copies = (2 if len(chosen.starts) == 1 else 3) + (0 if device.type == "cpu" else 2)
-    per_row += 32 + copies * store.layout.row_bytes
+    per_row += 32 + copies * layout.row_bytes
     least = fixed + per_query + LEAST_ROWS * per_row
     if memory < least:
         raise ValueError(
@@ -167,7 +194,7 @@ def plan_scan(
     batches = [range(queries * i // count, queries * (i + 1) // count) for i in range(count)]
     taken = fixed + max(len(batch) for batch in batches) * per_query
     rows = (memory - taken) // per_row
-    return Scan(store, chosen, k, directions, batches, rows, taken + rows * per_row, device)
+    return batches, rows, taken + rows * per_row
 
 
 class _Best:

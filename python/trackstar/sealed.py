@@ -185,7 +185,10 @@ class SealedFolder:
             bytes_wanted *= length
         if size != bytes_wanted or size == 0:
             raise self.error(f"{self.name}/{name}/data.ninja has {size} bytes instead of {bytes_wanted}")
-        return np_ninja.open_existing(folder, mode=mode)
+        try:
+            return np_ninja.open_existing(folder, mode=mode)
+        except ValueError as error:  # It has become shorter since.
+            raise self.error(f"{self.name}/{name} cannot be mapped: {error}") from None
 
     def _damage_of(self, name: str, record: tuple[int, str]) -> list[str]:
         """How one file differs from its record: nothing, or one line."""

@@ -6,7 +6,7 @@ import torch
 
 from trackstar_kernels import _C
 from trackstar_kernels._codes import DTYPES, NARROW
-from trackstar_kernels.scoring._hessian import CosineTask, Hessian, inverse_root
+from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, inverse_root
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.bfloat16: "bfloat16"}
 
@@ -20,26 +20,37 @@ def score_topk(
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None."""
+    (found,) = _score_ends(queries, rows, k, scales, (largest,), start)
+    return found
+
+
+def _score_ends(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    ends: tuple[bool, ...],
+    start: int,
+) -> list[Found]:
+    """One scan; the results of each of ``ends``, True for the largest scores."""
     queries = queries.contiguous()
     rows = _readable(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-    scores, indices = _results(len(queries), k)
+    results = [_results(len(queries), k) for _ in ends]
     _C.score_topk(
         queries=queries.data_ptr(),
         rows=_rows_at(rows, scales, queries.shape[2]),
-        tops=[_top_at(scores, indices, largest)],
+        tops=_tops_at(results, ends),
         threads=torch.get_num_threads(),
     )
-    return scores, indices.add_(start)
+    return [(scores, indices.add_(start)) for scores, indices in results]
 
 
-def prepare_task(
-    queries: torch.Tensor, mixing: float, asked: slice
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> Callable[..., list[Found]]:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
     return (
-        CosineTask(queries[asked], score_topk) if mixing == 0 else _MixedTask(queries, mixing, asked)
-    ).topk
+        CosineTask(queries[asked], _score_ends) if mixing == 0 else _MixedTask(queries, mixing, asked)
+    ).scan
 
 
 class _MixedTask:
@@ -65,31 +76,34 @@ class _MixedTask:
         weights = inverse_root(squares[asked]).float()
         self.panels.set_weights(weights.data_ptr())
 
-    def topk(
+    def scan(
         self,
         rows: torch.Tensor,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
+        ends: tuple[bool, ...],
         start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> list[Found]:
         hessian, narrow = self.hessian, rows.dtype in NARROW
         rows, squared_norms = _readable(rows), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-        scores, indices = _results(len(hessian.queries[hessian.asked]), k)
+        results = [_results(len(hessian.queries[hessian.asked]), k) for _ in ends]
         doubtful = torch.empty(len(rows), dtype=torch.bool)
         _C.mixed_topk(
             task=self.panels,
             squared_norms=squared_norms.data_ptr(),
             rows=_rows_at(rows, scales, hessian.queries.shape[2]),
-            tops=[_top_at(scores, indices, largest)],
+            tops=_tops_at(results, ends),
             doubtful=doubtful.data_ptr(),
             threads=torch.get_num_threads(),
         )
         known = squared_norms if narrow else None
-        scores, indices = hessian.rescored((scores, indices), doubtful, rows, scales, known, k, largest)
-        return scores, indices.add_(start)
+        found = [
+            hessian.rescored(result, doubtful, rows, scales, known, k, largest)
+            for result, largest in zip(results, ends, strict=True)
+        ]
+        return [(scores, indices.add_(start)) for scores, indices in found]
 
 
 # ---- Tensors as csrc takes them ----------------------------------------------------------------------------
@@ -117,6 +131,14 @@ def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None, d: int) -> _C.Rows
     )
 
 
-def _top_at(scores: torch.Tensor, indices: torch.Tensor, largest: bool) -> _C.TopK:
-    Q, k = scores.shape
-    return _C.TopK(Q=Q, k=k, largest=largest, scores=scores.data_ptr(), positions=indices.data_ptr())
+def _tops_at(results: list[Found], ends: tuple[bool, ...]) -> list[_C.TopK]:
+    return [
+        _C.TopK(
+            Q=scores.shape[0],
+            k=scores.shape[1],
+            largest=largest,
+            scores=scores.data_ptr(),
+            positions=indices.data_ptr(),
+        )
+        for (scores, indices), largest in zip(results, ends, strict=True)
+    ]

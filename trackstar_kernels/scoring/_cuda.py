@@ -7,7 +7,7 @@ import torch
 
 from trackstar_kernels import _C
 from trackstar_kernels._codes import NARROW, unpack
-from trackstar_kernels.scoring._hessian import CosineTask, Hessian, inverse_root
+from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, inverse_root
 from trackstar_kernels.scoring._operands import exponents, operand
 
 TILE_ROWS = 128
@@ -23,10 +23,7 @@ def score_topk(
     largest: bool,
     start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None.
-
-    Rows may also be bfloat16.
-    """
+    """See :func:`trackstar_kernels.score_topk`; queries (Q, L, d), rows (N, L, …), scales (N, L), (N, 1) or None."""
     queries, rows = queries.contiguous(), _readable(rows, queries.shape[2])
     Q, N = len(queries), len(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
@@ -48,13 +45,23 @@ def score_topk(
     return scores, indices.add_(start)
 
 
-def prepare_task(
-    queries: torch.Tensor, mixing: float, asked: slice
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _score_ends(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    ends: tuple[bool, ...],
+    start: int,
+) -> list[Found]:
+    """A scan for each of ``ends``, True for the largest scores."""
+    return [score_topk(queries, rows, k, scales, largest, start) for largest in ends]
+
+
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> Callable[..., list[Found]]:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    if mixing == 0:
-        return CosineTask(queries[asked], score_topk).topk
-    return _MixedTask(queries, mixing, asked).topk
+    return (
+        CosineTask(queries[asked], _score_ends) if mixing == 0 else _MixedTask(queries, mixing, asked)
+    ).scan
 
 
 class _MixedTask:
@@ -78,7 +85,19 @@ class _MixedTask:
         self.combine = operand(combine, torch.float32, self.columns)
         self.packed: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def topk(
+    def scan(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        ends: tuple[bool, ...],
+        start: int,
+    ) -> list[Found]:
+        """A scan for each of ``ends``, True for the largest scores."""
+        return [self._topk(rows, squared_norms, k, scales, largest, start) for largest in ends]
+
+    def _topk(
         self,
         rows: torch.Tensor,
         squared_norms: torch.Tensor,
@@ -86,7 +105,7 @@ class _MixedTask:
         scales: torch.Tensor | None,
         largest: bool,
         start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Found:
         hessian, narrow = self.hessian, rows.dtype in NARROW
         N, (_, L, d) = len(rows), hessian.queries.shape
         rows, squared_norms = _readable(rows, d), squared_norms.contiguous()

@@ -23,6 +23,9 @@ TRUSTED_SQUARE = 0.05**2
 
 SCRATCH = 64 * 2**20  # bytes of working memory for doing that
 
+Found = tuple[torch.Tensor, torch.Tensor]
+"""Scores (Q, k) and indices (Q, k)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hessian:
@@ -137,30 +140,28 @@ class Hessian:
 
 
 class CosineTask:
-    """λ = 0: inner products of unit vectors."""
+    """λ = 0: inner products of unit vectors, by ``score_ends(queries, rows, k, scales, ends, start)``."""
 
-    def __init__(
-        self, queries: torch.Tensor, score_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        self.score_topk = score_topk
+    def __init__(self, queries: torch.Tensor, score_ends: Callable[..., list[Found]]) -> None:
+        self.score_ends = score_ends
         wide = queries.double()
         self.unit = (wide * inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
 
-    def topk(
+    def scan(
         self,
         rows: torch.Tensor,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
+        ends: tuple[bool, ...],
         start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> list[Found]:
         unit = self.unit
         inverse = inverse_root(squared_norms.sum(1, keepdim=True))
         scales = inverse if scales is None else scales * inverse
         if scales.shape[1] == 1 and rows.dtype not in NARROW:
             unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
-        return self.score_topk(unit, rows, k, scales, largest, start)
+        return self.score_ends(unit, rows, k, scales, ends, start)
 
 
 def inverse_root(squares: torch.Tensor) -> torch.Tensor:
