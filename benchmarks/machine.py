@@ -41,17 +41,31 @@ def _cpu_ceilings() -> dict[str, float]:
 
 def _multiply_adds() -> float:
     """GFLOP/s of one core that does nothing else, at the instruction set level in force."""
+    gflops = _peak().gflops
+    gflops.restype = ctypes.c_double
+    return gflops()
+
+
+def read_rows(rows: torch.Tensor, streams: int) -> None:
+    """Read dense rows (N, …) and do nothing with them, 1, 4 or 8 rows at once: what memory can deliver at most."""
+    address, size = ctypes.c_void_p(rows.data_ptr()), ctypes.c_size_t
+    _peak().read_rows(address, size(len(rows)), size(rows[0].nbytes), ctypes.c_int(streams))
+
+
+@functools.cache
+def _peak() -> ctypes.CDLL:
+    """peak.cpp, built for the instruction set level in force."""
     level = _C.isa()
-    target = {"avx512-bf16": "x86-64-v4", "baseline": "x86-64", "neon": "native"}.get(level, level)
+    targets = {"avx-vnni": "x86-64-v3", "avx512-vnni": "x86-64-v4", "avx512-bf16": "x86-64-v4"}
+    targets |= {"baseline": "x86-64", "neon": "native"}
+    target = targets.get(level, level)
     RESULTS.mkdir(exist_ok=True)
     library = RESULTS / f"peak-{level}.so"
     source = Path(__file__).with_name("peak.cpp")
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, "-O3", f"-march={target}", "-shared", "-fPIC", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
-    gflops = ctypes.CDLL(str(library)).gflops
-    gflops.restype = ctypes.c_double
-    return gflops()
+    return ctypes.CDLL(str(library))
 
 
 def _cuda_ceilings() -> dict[str, float]:

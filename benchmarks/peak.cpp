@@ -1,5 +1,5 @@
-// How many float32 operations one core can do in a second: independent chains of multiply-adds in registers, of the
-// widest vectors that this machine has. Built by machine.py for the machine it runs on.
+// What one core can do at most, in the widest vectors that this machine has. Built by machine.py for the machine it
+// runs on.
 #include <chrono>
 #include <cstddef>
 
@@ -14,6 +14,7 @@ constexpr size_t kChains = 12;  // more than the latency of one times those star
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
+// Float32 operations in a second: independent chains of multiply-adds in registers.
 extern "C" double gflops() {
   constexpr size_t kSteps = 1 << 22;
   Vec chain[kChains] = {}, factor = Vec{} + 0.5f;
@@ -36,4 +37,27 @@ extern "C" double gflops() {
     if (rate > best) best = rate;
   }
   return best;
+}
+
+// Reads `bytes`, a multiple of kStreams cache lines, in as many streams at once.
+template <size_t kStreams>
+void read(const char* from, size_t bytes) {
+  typedef long long Line __attribute__((vector_size(64), aligned(16), may_alias));
+  Line sum[kStreams] = {};
+  const size_t part = bytes / kStreams;
+  for (size_t i = 0; i < part; i += 64) {
+#pragma GCC unroll 8
+    for (size_t s = 0; s < kStreams; ++s) sum[s] += *reinterpret_cast<const Line*>(from + s * part + i);
+  }
+  for (Line& line : sum) asm volatile("" : : "m"(line));
+}
+
+// Reads as rows of `row_bytes` are read by a dot product: so many at once, each of them from start to end.
+extern "C" void read_rows(const char* from, size_t rows, size_t row_bytes, int streams) {
+  for (size_t row = 0; row + streams <= rows; row += streams) {
+    const char* block = from + row * row_bytes;
+    if (streams == 8) read<8>(block, 8 * row_bytes);
+    if (streams == 4) read<4>(block, 4 * row_bytes);
+    if (streams == 1) read<1>(block, row_bytes);
+  }
 }

@@ -1,4 +1,4 @@
-"""How the measured ratios stand to what gradient capture is meant to reach, on one thread of a CPU."""
+"""How the measured ratios stand to what gradient capture and scoring are meant to reach on one thread of a CPU."""
 
 TARGETS = {
     "lean ÷ full, A": (0.68, 0.62),
@@ -14,6 +14,20 @@ TARGETS = {
     "exact p64 ÷ full, A, the better sketch": (0.97, 0.91),
     "exact ÷ bmm, T 512 p 16, worst shape": (1.15, 1.06),
     "exact countsketch ÷ bmm, worst of all": (1.10, 1.02),
+    "float32 ÷ reading them, Q = 1": (1 / 0.90, 1 / 0.97),
+    "float16 ÷ reading them, Q = 1": (1 / 0.80, 1 / 0.95),
+    "float32 ÷ best mm, Q = 4": (0.65, 0.52),
+    "float32 ÷ best mm, Q = 8": (0.45, 0.33),
+    "float32 ÷ best mm, Q = 16": (0.55, 0.45),
+    "float32 ÷ best mm, Q = 32": (0.72, 0.64),
+    "float32 ÷ best mm, Q = 128": (0.90, 0.83),
+    "float32 ÷ best mm, Q = 512": (1.03, 0.92),
+    "float16 ÷ float32, worst Q": (1.00, 0.98),
+    "k = 100 ÷ k = 10, worst Q": (1.03, 1.01),
+    "mixed ÷ plain, float32, Q = 8": (1.12, 1.04),
+    "mixed ÷ plain, float32, Q = 32": (1.22, 1.14),
+    "mixed ÷ plain, float32, Q = 128": (1.60, 1.50),
+    "two threads ÷ one, worst Q": (0.56, 0.52),
 }
 """What must be reached, and what would be a record; at most, each."""
 

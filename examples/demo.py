@@ -18,6 +18,7 @@ import transformers
 from assets import CACHE, FACTBOOK, SMOLLM2, SPEECHES, AssetError, console, converted, unpacked
 from corpus import FACTBOOK_PASSAGES, Fact, Passage, factbook_passages, facts, sample, speech_passages
 from rich.table import Table
+from trackstar.manifest import FORMAT
 
 OUTPUT = Path("demo-output") / "answers.jsonl"
 
@@ -90,8 +91,8 @@ def run() -> None:
 
 
 def store_path(passages: list[Passage]) -> Path:
-    """Where the store lies: another folder for every corpus, model and setting, so one that is there fits."""
-    contents = json.dumps([trackstar.__version__, SMOLLM2.sha256, passages, repr(SPEC), MOMENT_SAMPLE])
+    """Where the store lies: another folder for every format, corpus, model and setting, so one that is there fits."""
+    contents = json.dumps([FORMAT, SMOLLM2.sha256, passages, repr(SPEC), MOMENT_SAMPLE])
     return CACHE / f"store-{hashlib.sha256(contents.encode()).hexdigest()[:12]}"
 
 

@@ -4,24 +4,29 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cuda_device import CUDA, cuda_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trackstar_kernels as tk
-from trackstar_kernels import _C
+from trackstar_kernels import _C, scoring
 from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
-BACKENDS = ["reference", *NATIVE]
+BACKENDS = ["reference", *NATIVE, *CUDA]
 # Scores of torch.mm may change in their last bits with the shapes around them; the native kernels' may not.
 native_only = pytest.mark.parametrize("backend", NATIVE, indirect=True)
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @contextmanager
 def on_backend(case):
     """One of BACKENDS, the native one at its instruction set level; yields the backend's name."""
     name, _, isa = case.partition(":")
+    if name == "cuda":
+        with cuda_runs(isa, scoring.BACKENDS):
+            yield name
+        return
     before = _C.isa()
     _C.set_isa(isa or before)
     try:
@@ -123,15 +128,15 @@ def test_scales_multiply_rows(backend, dtype, shape, Q):
     N=st.integers(1, 120),
     L=st.integers(1, 3),
     d=st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31, 97, 255, 256, 257, 521, 2053]),
-    half=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
     largest=st.booleans(),
     scaled=st.booleans(),
     part=st.floats(0, 1),
     isa=st.sampled_from(_C.available_isas()),
 )
-def test_odd_shapes(Q, N, L, d, half, largest, scaled, part, isa):
+def test_odd_shapes(Q, N, L, d, dtype, largest, scaled, part, isa):
     k = max(1, round(part * N))
-    queries, rows = randn(Q, L, d), randn(N, L, d, seed=1, dtype=DTYPES[half])
+    queries, rows = randn(Q, L, d), randn(N, L, d, seed=1, dtype=dtype)
     scales = randn(N, L, seed=2) if scaled else None
     before = _C.isa()
     _C.set_isa(isa)
@@ -221,12 +226,14 @@ def test_nan_rows_come_last(backend, largest, Q, numbers):
 
 
 @pytest.mark.parametrize("Q", [1, 6])
-def test_every_float16_value(backend, Q):
-    """Subnormals, zeros and infinities widen exactly; NaNs stay NaNs."""
-    rows = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)[:, None]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_widens_exactly(backend, Q, dtype):
+    """Subnormals, zeros and infinities too; NaNs stay NaNs."""
+    rows = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
     scores, indices = tk.score_topk(torch.ones(Q, 1), rows, 2**16, backend=backend)
     found = torch.empty_like(scores).scatter(1, indices, scores)
-    assert torch.equal(found.nan_to_num(7e4), rows.T.float().nan_to_num(7e4).expand(Q, -1))
+    assert torch.equal(found.isnan(), rows.T.isnan().expand(Q, -1))
+    assert torch.equal(found.nan_to_num(), rows.T.float().nan_to_num().expand(Q, -1))
 
 
 @native_only
@@ -351,7 +358,7 @@ def test_mixed_with_large_blocks(n, Q):
 @pytest.mark.parametrize("largest", [True, False])
 def test_rows_that_need_float64(k, largest, monkeypatch):
     """Sixty of seventy rows lie in the span of the queries; a few at a time are computed again."""
-    monkeypatch.setattr("trackstar_kernels.scoring._cpu.SCRATCH", 2**13)
+    monkeypatch.setattr("trackstar_kernels.scoring._hessian.SCRATCH", 2**13)
     queries, rows = 30 * randn(5, 2, 16), randn(70, 2, 16, seed=1)
     rows[5:65] = torch.einsum("nq,qld->nld", randn(60, 5, seed=2), queries)
     check_mixed(queries, rows, 0.9, k=k, largest=largest)
@@ -432,6 +439,23 @@ def test_queries_asked_in_batches_score_as_together(backend, mixing, Q):
 def test_asked_queries_must_be_some_of_the_task(asked):
     with pytest.raises(ValueError, match=r"asked must be a range within 0 to 3 \(the queries\), got range"):
         prepare_task(randn(3, 2, 4), 0.5, asked=asked)
+
+
+@pytest.mark.parametrize("mixing", [0, 0.5])
+@pytest.mark.parametrize("Q", [3, 30])
+@pytest.mark.parametrize("threads_", [1, 3])
+def test_extremes_are_both_ends(backend, mixing, Q, threads_):
+    """From one scan, ties, NaN and rows that need float64 included."""
+    queries, rows = randn(Q, 2, 16), randn(300, 2, 16, seed=1)
+    rows[150:] = rows[:150]  # every score is there twice
+    rows[7] = torch.nan
+    rows[20], rows[30] = 30 * queries[0], -30 * queries[1]
+    task = prepare_task(queries, mixing, backend=backend)
+    with threads(threads_):
+        both = task.extremes(rows, squared_norms(rows), 40, start=5)
+        for found, largest in zip(both, (True, False), strict=True):
+            wanted = task.topk(rows, squared_norms(rows), 40, largest=largest, start=5)
+            assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
 def test_more_mixing_changes_the_answer():

@@ -31,9 +31,10 @@ void Matrix::set_block(size_t b, const float* vectors, size_t stride) {
   for (Panel& panel : panels_) {
     const size_t width = panel.kernel->queries, last = std::min(panel.first + width, count_);
     float* values = panel.values.data() + b * spacing_ * width;
-    for (size_t v = panel.first; v < last; ++v) {
-      for (size_t i = 0; i < d_; ++i) {
-        values[(i / group * width + (v - panel.first)) * group + i % group] = vectors[v * stride + i];
+    for (size_t i = 0; i < d_; i += group, values += width * group) {
+      const size_t together = std::min(group, d_ - i);
+      for (size_t v = panel.first; v < last; ++v) {
+        std::copy_n(vectors + v * stride + i, together, values + (v - panel.first) * group);
       }
     }
   }

@@ -1,16 +1,19 @@
 #include "cpu/row_reader.h"
 
+#include <algorithm>
+
 namespace trackstar {
 namespace {
 
 constexpr size_t kAheadBytes = 1024;  // what is fetched before a panel kernel reads it
 constexpr size_t kLineBytes = 64;
+constexpr size_t kFetchStep = 16;  // numbers: where kernels look whether a line is due
 
 const RowKernels& row_kernels(RowType type) {
   const ScoringKernels& kernels = scoring_kernels();
-  return type == RowType::float32   ? kernels.single
-         : type == RowType::float16 ? kernels.half
-                                    : kernels.bfloat16;
+  return type == RowType::float16    ? kernels.half
+         : type == RowType::bfloat16 ? kernels.bfloat16
+                                     : kernels.single;  // narrow rows are widened first
 }
 
 }  // namespace
@@ -19,88 +22,106 @@ RowReader::RowReader(const Rows& rows, size_t tile_rows)
     : rows_(rows),
       kernels_(scoring_kernels()),
       type_(row_kernels(rows.type)),
-      bytes_(rows.type == RowType::float32 ? 4 : 2),
+      codes_(is_coded(rows.type) ? &code_kernels(rows.type) : nullptr),
+      block_bytes_(block_bytes(rows.type, rows.d)),
       tile_rows_(tile_rows),
-      wide_(rows.type == RowType::float32 ? 0 : kMaxBlockRows * kDepth) {}
+      tile_(tile_rows + kMaxBlockRows),
+      next_tile_(tile_rows + kMaxBlockRows),
+      wide_(rows.type == RowType::float32 ? 0 : kMaxBlockRows * (codes_ ? kDepth * kernels_.lanes : kDepth)) {
+}
 
-void RowReader::multiply(size_t row, size_t count, size_t b, const Matrix& matrix, size_t matrix_b,
-                         size_t begin, size_t end, float* out, size_t stride) {
+void RowReader::open(size_t row, size_t count) {
+  row_ = row;
+  count_ = count;
+  for (size_t r = 0; r < tile_.size(); ++r) {
+    const size_t n = row + std::min(r, count - 1);
+    tile_[r] = at(n);
+    next_tile_[r] = at(std::min(n + tile_rows_, rows_.N - 1));
+  }
+}
+
+void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t begin, size_t end,
+                         float* out, size_t stride) {
   if (matrix.panels().empty()) {
-    multiply_few(row, count, b, matrix, matrix_b, out, stride);
+    multiply_few(b, matrix, matrix_b, out, stride);
     return;
   }
-  const size_t block_rows = matrix.block_rows();
-  // Each panel's turn fetches its share of the rows, so that memory is asked steadily.
-  const size_t share = (block_rows + (end - begin) - 1) / (end - begin);
+  const size_t block_rows = matrix.block_rows(), row_bytes = rows_.L * block_bytes_;
+  const bool widen = !wide_.empty();
   for (size_t i = 0; i < rows_.d; i += kDepth) {
     const size_t depth = std::min(kDepth, rows_.d - i);
-    for (size_t first = 0; first < count; first += block_rows) {
+    // What is read kAheadBytes later lies in the same row, or a tile further.
+    const size_t bytes = block_bytes(rows_.type, depth);
+    const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i), later = offset + kAheadBytes;
+    const char* const* const ahead_rows = later < row_bytes ? tile_.data() : next_tile_.data();
+    const size_t ahead_offset = later < row_bytes ? later : std::min(later - row_bytes, row_bytes);
+    for (size_t first = 0; first < count_; first += block_rows) {
       const float* rows[kMaxBlockRows];
-      const char* next[kMaxBlockRows];
-      float scales[kMaxBlockRows];
+      const char* ahead[kMaxBlockRows];
+      float scale[kMaxBlockRows];
       for (size_t r = 0; r < block_rows; ++r) {
-        const size_t n = row + std::min(first + r, count - 1);
-        rows[r] = single(at(n, b * rows_.d + i), depth, static_cast<int>(r));
-        next[r] = ahead(n, b * rows_.d + i);
-        scales[r] = scale(n, b);
+        rows[r] = reinterpret_cast<const float*>(tile_[first + r] + offset);
+        ahead[r] = ahead_rows[first + r] + ahead_offset;
       }
-      size_t fetched = 0;
-      for (size_t p = begin; p < end; ++p) {
+      scales(b, first, block_rows, scale);
+      if (widen) {
+        for (size_t r = 0; r < block_rows; ++r) {
+          float* wide = wide_.data() + r * kDepth;
+          widen_row(rows[r], depth, wide);
+          rows[r] = wide;
+        }
+      }
+      // The first panel fetches for all.
+      Fetch fetch{ahead, std::max<size_t>(1, kLineBytes * depth / bytes / kFetchStep) * kFetchStep};
+      for (size_t p = begin; p < end; ++p, fetch = {nullptr, 0}) {
         const Matrix::Panel& panel = matrix.panels()[p];
-        const size_t fetches = std::min(share, block_rows - fetched);
-        panel.kernel->run(rows, matrix.panel_at(panel, matrix_b, i), depth,
-                          {next + fetched, static_cast<int>(fetches), kLineBytes / bytes_}, scales,
+        panel.kernel->run(rows, matrix.panel_at(panel, matrix_b, i), depth, fetch, scale,
                           out + first * stride + panel.first, stride);
-        fetched += fetches;
       }
     }
   }
 }
 
-void RowReader::multiply_few(size_t row, size_t count, size_t b, const Matrix& matrix, size_t matrix_b,
-                             float* out, size_t stride) const {
+void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride) {
   const DotKernel& kernel = type_.dot[matrix.count() - 1];
   const size_t block_rows = kernel.rows, max_depth = kDepth * kernels_.lanes;
-  for (size_t first = 0; first < count; first += block_rows) {
+  for (size_t first = 0; first < count_; first += block_rows) {
     for (size_t i = 0; i < rows_.d; i += max_depth) {
-      const size_t depth = std::min(max_depth, rows_.d - i), end = b * rows_.d + i + depth;
+      const size_t depth = std::min(max_depth, rows_.d - i);
+      const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i);
+      const size_t end = offset + block_bytes(rows_.type, depth);
+      const bool last = end == rows_.L * block_bytes_;
       const void *rows[kMaxBlockRows], *next[kMaxBlockRows];
-      float scales[kMaxBlockRows];
+      float scale[kMaxBlockRows];
       for (size_t r = 0; r < block_rows; ++r) {
-        const size_t n = row + std::min(first + r, count - 1);
-        rows[r] = at(n, b * rows_.d + i);
-        next[r] = end < rows_.L * rows_.d ? at(n, end) : at(std::min(n + tile_rows_, rows_.N - 1), 0);
-        scales[r] = scale(n, b);
+        rows[r] = tile_[first + r] + offset;
+        next[r] = last ? next_tile_[first + r] : tile_[first + r] + end;
+        if (codes_) {
+          float* wide = wide_.data() + r * kDepth * kernels_.lanes;
+          widen_row(rows[r], depth, wide);
+          rows[r] = next[r] = wide;
+        }
       }
-      kernel.run(rows, next, matrix.interleaved_at(matrix_b, i), depth, scales, out + first * stride, stride);
+      scales(b, first, block_rows, scale);
+      kernel.run(rows, next, matrix.interleaved_at(matrix_b, i), depth, scale, out + first * stride, stride);
     }
   }
 }
 
-// Address of number i of row n.
-const char* RowReader::at(size_t n, size_t i) const {
-  return static_cast<const char*>(rows_.values) +
-         (static_cast<ptrdiff_t>(n) * rows_.stride + static_cast<ptrdiff_t>(i)) *
-             static_cast<ptrdiff_t>(bytes_);
+// n numbers of a block as floats, not scaled.
+void RowReader::widen_row(const void* stored, size_t n, float* out) const {
+  if (codes_) {
+    codes_->widen(static_cast<const uint8_t*>(stored), n, out);
+  } else {
+    type_.widen(stored, n, out);
+  }
 }
 
-// Address of what is read kAheadBytes after number i of row n: there, or a tile further.
-const char* RowReader::ahead(size_t n, size_t i) const {
-  const size_t later = i + kAheadBytes / bytes_, whole = rows_.L * rows_.d;
-  return later < whole ? at(n, later)
-                       : at(std::min(n + tile_rows_, rows_.N - 1), std::min(later - whole, whole));
-}
-
-float RowReader::scale(size_t n, size_t b) const {
-  return rows_.scales ? rows_.scales[n * rows_.L + b] : 1.0f;
-}
-
-// `depth` numbers as floats: the store's own, or row r of wide_.
-const float* RowReader::single(const char* stored, size_t depth, int r) {
-  if (wide_.empty()) return reinterpret_cast<const float*>(stored);
-  float* wide = wide_.data() + r * kDepth;
-  type_.widen(stored, depth, wide);
-  return wide;
+// Those of block b of a block of the tile's rows.
+void RowReader::scales(size_t b, size_t first, size_t block_rows, float* out) const {
+  for (size_t r = 0; r < block_rows; ++r) {
+    out[r] = rows_.scales ? rows_.scales[(row_ + std::min(first + r, count_ - 1)) * rows_.L + b] : 1.0f;
+  }
 }
 
 }  // namespace trackstar

@@ -1,10 +1,11 @@
 // Products of stored rows with a matrix.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "cpu/aligned.h"
+#include "cpu/coded.h"
 #include "cpu/matrix.h"
 #include "cpu/scoring_kernel.h"
 #include "scoring.h"
@@ -17,28 +18,31 @@ class RowReader {
  public:
   static constexpr size_t kDepth = 256;  // numbers that a panel kernel sums one after another: see scoring.h
 
-  // `tile_rows` is how far on the next tile is.
   RowReader(const Rows& rows, size_t tile_rows);
 
-  // out (count, stride) += block b of rows row … row + count - 1 times block `matrix_b` of a matrix; if that has
-  // panels, of panels begin … end - 1.
-  void multiply(size_t row, size_t count, size_t b, const Matrix& matrix, size_t matrix_b, size_t begin,
-                size_t end, float* out, size_t stride);
+  // Goes to the tile of rows row … row + count - 1, at most tile_rows.
+  void open(size_t row, size_t count);
+
+  // out (count, stride) += block b of the tile's rows times block `matrix_b` of a matrix; if that has panels, of
+  // panels begin … end - 1.
+  void multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t begin, size_t end, float* out,
+                size_t stride);
 
  private:
-  void multiply_few(size_t row, size_t count, size_t b, const Matrix& matrix, size_t matrix_b, float* out,
-                    size_t stride) const;
-  const char* at(size_t n, size_t i) const;
-  const char* ahead(size_t n, size_t i) const;
-  float scale(size_t n, size_t b) const;
-  const float* single(const char* stored, size_t depth, int r);
+  void multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride);
+  const char* at(size_t n) const { return reinterpret_cast<const char*>(row_at(rows_, n)); }
+  void widen_row(const void* stored, size_t n, float* out) const;
+  void scales(size_t b, size_t first, size_t block_rows, float* out) const;
 
   const Rows rows_;
   const ScoringKernels& kernels_;
   const RowKernels& type_;
-  size_t bytes_;  // of a number
+  const CodeKernels* codes_;  // of narrow rows; null for others
+  size_t block_bytes_;
   size_t tile_rows_;
-  Aligned<float> wide_;  // a block of rows as floats, if they are stored as something else
+  size_t row_ = 0, count_ = 0;
+  std::vector<const char*> tile_, next_tile_;  // where rows of the tile and of the next begin
+  Aligned<float> wide_;  // a block of rows as floats, if kernels do not take them as they are stored
 };
 
 }  // namespace trackstar

@@ -1,6 +1,6 @@
 #include "cpu/scoring_kernel.h"
 
-#include "cpu/simd.h"
+#include "cpu/lane_sums.h"
 
 namespace trackstar {
 namespace TRACKSTAR_ISA {
@@ -22,42 +22,6 @@ constexpr int kGroup = 1;
 
 constexpr size_t kLineBytes = 64;
 constexpr size_t kDotAheadBytes = 1024;  // what a dot kernel fetches ahead of its reading
-
-// ---- Sums over lanes --------------------------------------------------------------------------------------
-
-#if defined(__AVX512F__)
-#define TRACKSTAR_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define TRACKSTAR_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif defined(__AVX__)
-#define TRACKSTAR_EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define TRACKSTAR_ODD 1, 3, 5, 7, 9, 11, 13, 15
-#else
-#define TRACKSTAR_EVEN 0, 2, 4, 6
-#define TRACKSTAR_ODD 1, 3, 5, 7
-#endif
-
-// The sums of neighbouring lanes: first those of a, then those of b.
-inline Vec fold(Vec a, Vec b) {
-  return __builtin_shufflevector(a, b, TRACKSTAR_EVEN) + __builtin_shufflevector(a, b, TRACKSTAR_ODD);
-}
-
-// Each vector's sum over its lanes, in neighbouring pairs, pairs of pairs, and so on.
-template <int kCount>
-inline void sum_lanes(const Vec* vectors, float* sums) {
-  Vec folded[kCount];
-#pragma GCC unroll 24
-  for (int i = 0; i < kCount; ++i) folded[i] = vectors[i];
-  int count = kCount;
-#pragma GCC unroll 4
-  for (int width = kLanes; width > 1; width /= 2) {
-#pragma GCC unroll 12
-    for (int i = 0; i < count; i += 2) folded[i / 2] = fold(folded[i], folded[i + 1 < count ? i + 1 : i]);
-    count = (count + 1) / 2;
-  }
-  alignas(64) float lanes[(kCount + kLanes - 1) / kLanes * kLanes];
-  for (int i = 0; i < count; ++i) store(lanes + i * kLanes, folded[i]);
-  for (int i = 0; i < kCount; ++i) sums[i] = lanes[i];
-}
 
 // ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
 
@@ -148,6 +112,10 @@ inline void add_group(Vec row, const Vec* query, Vec* sum) {
   for (int v = 0; v < kVecs; ++v) sum[v] += row * query[v];
 }
 
+typedef float HalfVec __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+typedef float UnalignedHalfVec
+    __attribute__((vector_size(kLanes / 2 * sizeof(float)), aligned(4), may_alias));
+
 inline void add_scaled(float scale, Vec value, float* to) { store(to, load(to) + scale * value); }
 
 template <int kVecs>
@@ -163,8 +131,9 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
   const size_t whole = depth / kGroup * kGroup;
   size_t line = 0, due = 0;
   for (size_t step = 0; step < whole; step += kStep) {
-    if (step == due) {
-      for (int i = 0; i < fetch.count; ++i) __builtin_prefetch(fetch.from[i] + line);
+    if (fetch.from != nullptr && step == due) {
+#pragma GCC unroll 12
+      for (int r = 0; r < kPanelRows; ++r) __builtin_prefetch(fetch.from[r] + line);
       line += kLineBytes;
       due += fetch.step;
     }
@@ -203,11 +172,12 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
   } else {
 #pragma GCC unroll 12
     for (int r = 0; r < kPanelRows; r += 2) {
-      float both[2][kWidth];
-      store(both[0], fold(sum[r][0], sum[r + 1][0]));
+      // Each half of the folded vector is a row's.
+      HalfVec both[2];
+      store(reinterpret_cast<float*>(both), fold(sum[r][0], sum[r + 1][0]));
       for (int i = 0; i < 2; ++i) {
-        float* score = scores + (r + i) * score_stride;
-        for (int q = 0; q < kWidth; ++q) score[q] += scale[r + i] * both[i][q];
+        auto* score = reinterpret_cast<UnalignedHalfVec*>(scores + (r + i) * score_stride);
+        *score += scale[r + i] * both[i];
       }
     }
   }
@@ -217,7 +187,17 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
 
 template <typename T>
 void widen_row(const void* in, size_t n, float* out) {
-  widen(static_cast<const T*>(in), n, out);
+  constexpr size_t kTogether = 8;
+  const T* from = static_cast<const T*>(in);
+  size_t i = 0;
+  for (; i + kTogether * kLanes <= n; i += kTogether * kLanes) {
+    Vec wide[kTogether];
+#pragma GCC unroll 8
+    for (size_t j = 0; j < kTogether; ++j) wide[j] = load(from + i + j * kLanes);
+#pragma GCC unroll 8
+    for (size_t j = 0; j < kTogether; ++j) store(out + i + j * kLanes, wide[j]);
+  }
+  widen(from + i, n - i, out + i);
 }
 
 float sum_of_squares(const float* in, size_t n) {

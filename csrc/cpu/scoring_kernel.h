@@ -23,11 +23,9 @@ struct DotKernel {
               const float* scale, float* scores, size_t score_stride);
 };
 
-// Lines to fetch: with every `step` numbers of depth that a kernel works on, one more line at each of `count`
-// addresses.
+// Lines to fetch: with every `step` numbers of depth that a kernel works on, one more at the address of each row.
 struct Fetch {
-  const char* const* from;
-  int count;
+  const char* const* from;  // null: nothing
   size_t step;
 };
 

@@ -42,6 +42,7 @@ class GradientCollector:
         correction: optimizer correction of every captured module, or None.
 
     Attributes:
+        spec: what to capture.
         weights: {name: weight} of what is captured.
         modules: {name: the module that owns it}.
         block_of: {name: block index}.
@@ -57,7 +58,7 @@ class GradientCollector:
         self.weights = spec.weights(model)
         self.modules = {name: weight.module for name, weight in self.weights.items()}
         self.block_of = spec.block_of(model)
-        self._spec = spec
+        self.spec = spec
         self._blocks = max(self.block_of.values()) + 1
         self._sketches = {name: Sketch(weight, spec, correction) for name, weight in self.weights.items()}
         self._tap = GradientTap(self.weights, self._add, self._start_pass)
@@ -126,7 +127,7 @@ class GradientCollector:
     @property
     def row_shape(self) -> tuple[int, int]:
         """(L, d) of a row."""
-        return self._blocks, self._spec.block_size
+        return self._blocks, self.spec.block_size
 
     def _start_pass(self, name: str) -> None:
         # A forward call after a backward pass begins the next pass; one DURING it is a recomputation
@@ -155,7 +156,7 @@ class GradientCollector:
             else:
                 why = "did not run"
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            modules = [*(self._spec.modules or ()), *self._exclusions(missing)]
+            modules = [*(self.spec.modules or ()), *self._exclusions(missing)]
             raise RuntimeError(
                 f"module {missing[0]!r}{more} {why}; leave it out: SketchSpec(modules={modules})"
             )

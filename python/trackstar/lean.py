@@ -88,6 +88,8 @@ class LeanPass:
     Args:
         model: a causal language model of transformers.
         captured: the modules whose gradients are wanted.
+        has_weights: False for a model of shapes alone, on which nothing can be tried: it is taken to allow what its
+            structure does.
 
     Attributes:
         model: the model.
@@ -95,9 +97,12 @@ class LeanPass:
         skipped: why the model runs without a shortcut, a sentence for each; empty where all are taken.
     """
 
-    def __init__(self, model: nn.Module, captured: Collection[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, captured: Collection[nn.Module], *, has_weights: bool = True
+    ) -> None:
         self.model: Any = model
         self._captured = captured
+        self._has_weights = has_weights
         self._own_attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         self._inside = contextlib.ExitStack()
         self.skipped: list[str] = []
@@ -239,7 +244,8 @@ class LeanPass:
         decoder: nn.Module = self.model.get_decoder()
         tokens = _probe(self.model, 12)
         hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        if not torch.equal(head(hidden), self.model(input_ids=tokens, use_cache=False).logits):
+        logits = self.model(input_ids=tokens, use_cache=False).logits
+        if self._has_weights and not torch.equal(head(hidden), logits):
             raise _Unsafe("its logits are not the plain product of hidden states and output embedding")
         return decoder
 
@@ -262,7 +268,7 @@ class LeanPass:
             self._forward(torch.cat([start, second], dim=1), places, (5, 7))
             for start in (first, first.flip(1))
         )
-        _require_same("packed in one row", packed[:, 5:], other[:, 5:], packed, alone)
+        self._require_same("packed in one row", packed[:, 5:], other[:, 5:], packed, alone)
         windows = (getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         return min((window for window in windows if window is not None), default=2**62)
 
@@ -278,25 +284,26 @@ class LeanPass:
             self._forward(torch.cat([nn.functional.pad(start, (0, 2)), second]), None, ())
             for start in (first, first.flip(1))
         )
-        _require_same("padded", padded[1], other[1], torch.cat([padded[0, :5], padded[1]]), alone)
+        self._require_same("padded", padded[1], other[1], torch.cat([padded[0, :5], padded[1]]), alone)
         return True
+
+    def _require_same(
+        self, how: str, one: torch.Tensor, other: torch.Tensor, together: torch.Tensor, alone: torch.Tensor
+    ) -> None:
+        """Require the same results beside ``one`` example as beside an ``other``, and together as alone."""
+        if not self._has_weights:
+            return
+        size, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
+        # Too strict costs a model of narrow weights some speed; too lax would cost it its results.
+        if not (together - alone).abs().max() <= min(1e4 * eps, 0.03) * size:
+            raise _Unsafe(f"examples {how} give other results than by themselves")
+        # Sharper: a batch's shape may change the rounding, but the content of other examples may not.
+        if not (one - other).abs().max() <= min(10 * eps, 0.03) * size:
+            raise _Unsafe(f"examples {how} see each other")
 
 
 class _Unsafe(Exception):
     """Why a shortcut would change results."""
-
-
-def _require_same(
-    how: str, one: torch.Tensor, other: torch.Tensor, together: torch.Tensor, alone: torch.Tensor
-) -> None:
-    """Require the same results beside ``one`` example as beside an ``other``, and together as alone."""
-    size, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
-    # Too strict costs a model of narrow weights some speed; too lax would cost it its results.
-    if not (together - alone).abs().max() <= min(1e4 * eps, 0.03) * size:
-        raise _Unsafe(f"examples {how} give other results than by themselves")
-    # Sharper: a batch's shape may change the rounding, but the content of other examples may not.
-    if not (one - other).abs().max() <= min(10 * eps, 0.03) * size:
-        raise _Unsafe(f"examples {how} see each other")
 
 
 def _probe(model: nn.Module, length: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """From a weight's factored gradient to its part of a row: P_L (g ∘ V^(-1/2)) P_Rᵀ."""
 
+from collections.abc import Iterable
+
 import torch
 
 from trackstar.correction import Correction
@@ -51,6 +53,16 @@ class Sketch:
         if self._left.device != device:
             self._left, self._right = self._left.to(device), self._right.to(device)
             self._scale = None if self._scale is None else self._scale.to(device)
+
+
+def sketch_bytes(weights: Iterable[Weight], spec: SketchSpec, rank: int) -> int:
+    """Memory of the projections of these weights, with a correction of this rank (1 for none and exact) folded in."""
+    total = 0
+    for weight in weights:
+        fan_out, fan_in = weight.shape
+        vector = weight.kind in ("bias", "norm")
+        total += 4 * rank * (spec.block_size * fan_out if vector else spec.sketch * (fan_out + fan_in))
+    return total
 
 
 def _look_up(right: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

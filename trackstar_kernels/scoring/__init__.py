@@ -8,12 +8,19 @@ from trackstar_kernels._checks import check_count, check_dtype, check_same_devic
 from trackstar_kernels._codes import DTYPES, NARROW, code_size
 from trackstar_kernels._dispatch import implementation, register
 from trackstar_kernels.scoring._merge import merge_topk
+from trackstar_kernels.scoring._staging import staged
 
-__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk"]
+__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk", "staged"]
 
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 register("score_topk", BACKENDS)
 register("mixed_topk", BACKENDS)
+
+Found = tuple[torch.Tensor, torch.Tensor]
+"""Scores (Q, k) and indices (Q, k)."""
+
+Run = Callable[..., list[Found]]
+"""What a backend's ``prepare_task`` returns: see :func:`_prepare`."""
 
 
 def score_topk(
@@ -36,14 +43,15 @@ def score_topk(
 
     Args:
         queries: (Q, D) or (Q, L, d) float32, finite.
-        rows: (N, D) or (N, L, d) float32 or float16, or int8, int4 or sign codes of :func:`encode_rows`, whose
-            dtype (int8, uint8, int32) tells them apart. Rows that are not dense are copied.
+        rows: (N, D) or (N, L, d) float32, float16 or bfloat16, or int8, int4 or sign codes of
+            :func:`encode_rows`, whose dtype (int8, uint8, int32) tells them apart. Rows that are not dense are
+            copied.
         k: results per query, 1 ≤ k ≤ N.
         scales: multipliers of each row, (N,) float32, or of each row and block, (N, L) float32 with queries of
             shape (Q, L, d). What codes stand for is their scales times the codes.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, best first, and indices (Q, k) int64. Equal scores are ordered by index. NaN
@@ -124,7 +132,7 @@ def mixed_topk(
         scales: multipliers of the rows, (N,) or (N, L) float32, as in :func:`score_topk`.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, within 1e-5 of the exact ones, and indices (Q, k) int64, ordered as in
@@ -157,7 +165,8 @@ def _mixed_topk(
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`mixed_topk`, once shapes and dtypes are known to fit."""
-    return _prepare(queries, mixing, backend)(rows, squared_norms, k, scales, largest, start)
+    (found,) = _prepare(queries, mixing, backend)(rows, squared_norms, k, scales, (largest,), start)
+    return found
 
 
 @_mixed_topk.register_fake
@@ -185,7 +194,7 @@ def prepare_task(
         mixing: λ, 0 ≤ λ < 1.
         asked: positions of the queries that are scored, consecutive; None for all. The others shape R_task alike, so
             that batches of a task's queries have the scores that they have together.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -202,7 +211,7 @@ def prepare_task(
 class Task:
     """Queries and their Hessian, ready to score the shards of a store one after another: see :func:`prepare_task`."""
 
-    def __init__(self, queries: torch.Tensor, run: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(self, queries: torch.Tensor, run: Run) -> None:
         """Not to be called from outside: ``run`` is what a backend's ``prepare_task`` returned."""
         self._queries = queries
         self._run = run
@@ -218,17 +227,43 @@ class Task:
         start: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What :func:`mixed_topk` returns for the task's queries and λ, bit for bit; same arguments, same errors."""
+        (found,) = self._scan(rows, squared_norms, k, scales, (largest,), start)
+        return found
+
+    def extremes(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        *,
+        scales: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> tuple[Found, Found]:
+        """What :meth:`topk` returns for ``largest`` True and False, bit for bit, on the CPU from one scan."""
+        highest, lowest = self._scan(rows, squared_norms, k, scales, (True, False), start)
+        return highest, lowest
+
+    def _scan(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        ends: tuple[bool, ...],
+        start: int,
+    ) -> list[Found]:
         _check_mixed_rows(self._queries, rows, squared_norms, k, scales, start)
         if scales is not None and scales.dim() == 1:
             scales = scales[:, None]
         with torch.no_grad():
-            return self._run(rows, squared_norms, k, scales, largest, start)
+            return self._run(rows, squared_norms, k, scales, ends, start)
 
 
-def _prepare(
-    queries: torch.Tensor, mixing: float, backend: str | None, asked: slice = slice(None)
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The task as a function of (rows, squared_norms, k, scales, largest, start)."""
+def _prepare(queries: torch.Tensor, mixing: float, backend: str | None, asked: slice = slice(None)) -> Run:
+    """The task as a function of (rows, squared_norms, k, scales, ends, start).
+
+    ``ends`` holds True for the largest scores, False for the smallest; the function returns a result for each.
+    """
     _check_finite(queries)
     prepare = implementation(__name__, "mixed_topk", queries.device, backend, function="prepare_task")
     return prepare(queries, mixing, asked)
@@ -276,7 +311,7 @@ def _check_inputs(
     """Check what the two ops share; returns N."""
     check_shape("queries", check_tensor("queries", queries), ("Q", "D"), ("Q", "L", "d"))
     check_dtype("queries", queries, torch.float32)
-    check_dtype("rows", check_tensor("rows", rows), *DTYPES.values())
+    check_dtype("rows", check_tensor("rows", rows), torch.bfloat16, *DTYPES.values())
     check_shape("rows", rows, ("N", *queries.shape[1:-1], code_size(queries.shape[-1], rows.dtype)))
     N = len(rows)
     if min(*queries.shape, *rows.shape) == 0:

@@ -53,21 +53,23 @@ def mixed_topk(
 
 def prepare_task(
     queries: torch.Tensor, mixing: float, asked: slice
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+) -> Callable[..., list[tuple[torch.Tensor, torch.Tensor]]]:
     """Nothing is prepared: every call computes everything."""
 
-    def run(
+    def scan(
         rows: torch.Tensor,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
+        ends: tuple[bool, ...],
         start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores, indices = mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start)
-        return scores[asked], indices[asked]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = [
+            mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start) for largest in ends
+        ]
+        return [(scores[asked], indices[asked]) for scores, indices in found]
 
-    return run
+    return scan
 
 
 def _topk(scores: torch.Tensor, k: int, largest: bool, start: int) -> tuple[torch.Tensor, torch.Tensor]:
