@@ -6,6 +6,7 @@ import torch
 
 from trackstar.collector import GradientCollector
 from trackstar.examples import Encoded
+from trackstar.heap import give_back_free_pages
 from trackstar.lean import Batch, LeanPass
 from trackstar.passes import has_loss
 
@@ -47,6 +48,7 @@ def check_numerics(lean: LeanPass, examples: Sequence[Encoded], collector: Gradi
                 moved[way] = _distance(together, alone)
                 other = _rows(lean, lean.arrange(chosen[:0:-1], packed=packed), collector)
                 moved["in another batch"] = _distance(other, alone[1:].flip(0))
+    give_back_free_pages()
     if not any(distance > TOLERANCE for distance in moved.values()):
         return None
     dtype = str(next(lean.model.parameters()).dtype).removeprefix("torch.")
