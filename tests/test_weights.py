@@ -9,6 +9,7 @@ from test_families import make
 from torch import nn
 from trackstar import GradientCollector, SketchSpec
 from trackstar.second_moments import SecondMoments
+from transformers.optimization import Adafactor
 
 TOLERANCE = 2e-4
 LENGTHS = (5, 9, 17, 3, 12)
@@ -351,3 +352,61 @@ def test_bad_specs(fields, message):
 def test_a_spec_survives_json(llama):
     spec = SketchSpec(sketch=4, modules=("*.mlp.*",), also=("norms",), split={"*.up_proj": (22, 22)})
     assert SketchSpec(**spec.as_dict()) == spec
+
+
+# Second moments of a trained model
+
+
+OPTIMIZERS = {
+    "adam": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    "torch's Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
+    "transformers' Adafactor": lambda parameters: Adafactor(
+        parameters, lr=1e-2, relative_step=False, scale_parameter=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_optimizer_s_moments_of_every_kind(name, tied):
+    """A weight's V is its part of its parameter's: experts, parts of fused matrices, vectors, embeddings."""
+    torch.manual_seed(0)
+    model = make("GptOss") if not tied else make_llama()
+    spec = SketchSpec(
+        sketch=4,
+        also=["embeddings", "norms", "lm_head"] + ["biases"] * (not tied),
+        split={"*.q_proj": 4, "*.k_proj": [2, 2]},
+    )
+    optimizer = OPTIMIZERS[name](model.parameters())
+    ids = torch.tensor([example["input_ids"] for example in make_examples((12, 12, 12))])
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    second = SecondMoments.from_optimizer(optimizer.state_dict(), model, spec=spec)
+    assert second.source == ("optimizer:adam" if name == "adam" else "optimizer:adafactor")
+    assert set(second.moments) == set(spec.weights(model))
+    for weight in spec.weights(model).values():
+        state = optimizer.state[weight.module.get_parameter(weight.field)]
+        if "exp_avg_sq" in state:
+            v = state["exp_avg_sq"] / (1 - 0.999**2 if name == "adam" else 1)
+        elif "exp_avg_sq_row" in state:
+            row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            v = row[..., None] * col[..., None, :] / row.mean(-1)[..., None, None]
+        elif "variance" in state:
+            v = state["variance"]
+        else:
+            v = state["row_var"] * state["col_var"] / state["row_var"].mean(-2, keepdim=True)
+        moment = second.moments[weight.name]
+        if isinstance(moment, tuple):
+            moment = torch.outer(*moment) / moment[1 if weight.transposed else 0].mean()
+        torch.testing.assert_close(moment, weight.view(v), rtol=1e-4, atol=0)
+
+
+def test_a_rank_correction_takes_vectors_as_they_are():
+    model = untied()
+    spec = SketchSpec(sketch=4, also=["norms"])
+    second = SecondMoments.estimate(model, make_examples(LENGTHS), spec=spec)
+    u, v = second.correction("rank", rank=3).factors["model.norm"]
+    assert (u.shape, v.shape) == ((1, 32), (1, 1))
+    assert torch.equal(u.T @ v, second.correction("exact").scales["model.norm"])

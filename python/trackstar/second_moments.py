@@ -203,6 +203,11 @@ def _part_of(moment: Moment, weight: Weight) -> Moment:
     if not isinstance(moment, tuple):
         return weight.view(moment).contiguous()
     row, col = moment
+    if weight.kind in (
+        "bias",
+        "norm",
+    ):  # vectors of several experts or heads, which the optimizer takes for a matrix
+        return weight.view(torch.outer(row, col) / row.mean()).contiguous()
     if weight.expert is not None:
         count = len(weight.module.get_parameter(weight.field))
         row, col = (factor.view(count, -1)[weight.expert] for factor in moment)
