@@ -56,7 +56,9 @@ def read_rows(rows: torch.Tensor, streams: int) -> None:
 def _peak() -> ctypes.CDLL:
     """peak.cpp, built for the instruction set level in force."""
     level = _C.isa()
-    target = {"avx512-bf16": "x86-64-v4", "baseline": "x86-64", "neon": "native"}.get(level, level)
+    targets = {"avx-vnni": "x86-64-v3", "avx512-vnni": "x86-64-v4", "avx512-bf16": "x86-64-v4"}
+    targets |= {"baseline": "x86-64", "neon": "native"}
+    target = targets.get(level, level)
     RESULTS.mkdir(exist_ok=True)
     library = RESULTS / f"peak-{level}.so"
     source = Path(__file__).with_name("peak.cpp")

@@ -14,6 +14,9 @@
 #include "cpu/isa.h"
 #include "gradient.h"
 #include "scoring.h"
+#ifdef TRACKSTAR_HAS_CUDA
+#include "cuda/scoring.h"
+#endif
 
 namespace py = pybind11;
 using namespace trackstar;
@@ -25,10 +28,9 @@ constexpr const char* kBaseline = "neon";
 #else
 constexpr const char* kBaseline = "baseline";
 #endif
-const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},
-                                               {"x86-64-v3", Isa::v3},
-                                               {"x86-64-v4", Isa::v4},
-                                               {"avx512-bf16", Isa::v4_bf16}};
+const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},    {"x86-64-v3", Isa::v3},
+                                               {"avx-vnni", Isa::v3_vnni},    {"x86-64-v4", Isa::v4},
+                                               {"avx512-vnni", Isa::v4_vnni}, {"avx512-bf16", Isa::v4_bf16}};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
@@ -80,7 +82,11 @@ RowType row_type_of(const std::string& name) {
   if (name == "float32") return RowType::float32;
   if (name == "float16") return RowType::float16;
   if (name == "bfloat16") return RowType::bfloat16;
-  throw std::invalid_argument("row type must be float32, float16 or bfloat16, got '" + name + "'");
+  if (name == "int8") return RowType::int8;
+  if (name == "int4") return RowType::int4;
+  if (name == "sign") return RowType::sign;
+  throw std::invalid_argument("row type must be float32, float16, bfloat16, int8, int4 or sign, got '" +
+                              name + "'");
 }
 
 Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
@@ -96,15 +102,82 @@ void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<T
   score_topk(at<const float>(queries), rows, tops, threads);
 }
 
+void rescored_topk_at(std::uintptr_t queries, const Rows& codes, const Rows& wider,
+                      std::uintptr_t squared_norms, const std::vector<TopK>& tops, std::uintptr_t rescored,
+                      int threads) {
+  rescored_topk(at<const float>(queries), codes, wider, at<const float>(squared_norms), tops,
+                at<std::int64_t>(rescored), threads);
+}
+
 void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows,
                    const std::vector<TopK>& tops, std::uintptr_t doubtful, int threads) {
   mixed_topk(task, at<const float>(squared_norms), rows, tops, at<bool>(doubtful), threads);
 }
 
+#ifdef TRACKSTAR_HAS_CUDA
+
+cuda::Rows cuda_rows_at(std::uintptr_t values, const std::string& type, ptrdiff_t stride,
+                        std::uintptr_t scales, size_t N, int L, int d) {
+  const std::pair<const char*, cuda::RowType> types[] = {{"float32", cuda::RowType::float32},
+                                                         {"float16", cuda::RowType::float16},
+                                                         {"bfloat16", cuda::RowType::bfloat16},
+                                                         {"int8", cuda::RowType::int8}};
+  for (const auto& [name, row_type] : types) {
+    if (type == name) return {at<const void>(values), row_type, stride, at<const float>(scales), N, L, d};
+  }
+  throw std::invalid_argument("type must be float32, float16, bfloat16 or int8, got '" + type + "'");
+}
+
+cuda::Survivors cuda_survivors_at(std::uintptr_t keys, int Q, int k, int slices, int capacity, bool largest) {
+  return {at<std::int64_t>(keys), Q, k, slices, capacity, largest};
+}
+
+void cuda_score_topk_at(const cuda::Rows& rows, std::uintptr_t queries, std::uintptr_t operand,
+                        std::uintptr_t query_scales, int columns, const cuda::Survivors& survivors,
+                        std::uintptr_t stream) {
+  cuda::score_topk(rows, at<const float>(queries), at<const void>(operand), at<const float>(query_scales),
+                   columns, survivors, at<void>(stream));
+}
+
+void cuda_mixed_topk_at(const cuda::Rows& rows, std::uintptr_t factors, std::uintptr_t combine,
+                        std::uintptr_t factor_scales, std::uintptr_t squared_norms, int rank, double base,
+                        double sign, double trusted, std::uintptr_t doubtful, int columns,
+                        const cuda::Survivors& survivors, std::uintptr_t stream) {
+  cuda::mixed_topk(rows,
+                   {at<const void>(factors), at<const void>(combine), at<const float>(factor_scales),
+                    at<const float>(squared_norms), rank, base, sign, trusted, at<bool>(doubtful)},
+                   columns, survivors, at<void>(stream));
+}
+
+void add_cuda(py::module_& m) {
+  py::class_<cuda::Rows>(m, "CudaRows", "Stored rows, by address: see csrc/cuda/scoring.h.")
+      .def(py::init(&cuda_rows_at), py::arg("values"), py::arg("type"), py::arg("stride"), py::arg("scales"),
+           py::arg("N"), py::arg("L"), py::arg("d"));
+  py::class_<cuda::Survivors>(m, "CudaSurvivors", "Room for keys, by address: see csrc/cuda/scoring.h.")
+      .def(py::init(&cuda_survivors_at), py::arg("keys"), py::arg("Q"), py::arg("k"), py::arg("slices"),
+           py::arg("capacity"), py::arg("largest"));
+  m.def("cuda_score_topk", &cuda_score_topk_at, py::arg("rows"), py::arg("queries"), py::arg("operand"),
+        py::arg("query_scales"), py::arg("columns"), py::arg("survivors"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/cuda/scoring.h.");
+  m.def("cuda_mixed_topk", &cuda_mixed_topk_at, py::arg("rows"), py::arg("factors"), py::arg("combine"),
+        py::arg("factor_scales"), py::arg("squared_norms"), py::arg("rank"), py::arg("base"), py::arg("sign"),
+        py::arg("trusted"), py::arg("doubtful"), py::arg("columns"), py::arg("survivors"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/cuda/scoring.h.");
+}
+
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of trackstar_kernels.";
+  m.doc() = "Kernels of trackstar_kernels.";
+
+#ifdef TRACKSTAR_HAS_CUDA
+  m.attr("with_cuda") = true;
+  add_cuda(m);
+#else
+  m.attr("with_cuda") = false;
+#endif
 
   m.def("available_isas", &available_isas, "Instruction set levels that this machine can run, lowest first.");
   m.def("isa", &isa_name, "The level in force.");
@@ -123,6 +196,9 @@ PYBIND11_MODULE(_C, m) {
            py::arg("positions"));
   m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  m.def("rescored_topk", &rescored_topk_at, py::arg("queries"), py::arg("codes"), py::arg("wider"),
+        py::arg("squared_norms"), py::arg("tops"), py::arg("rescored"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
   py::class_<Task>(m, "Task",
                    "Queries under another inner product, copied from addresses: see csrc/scoring.h.")
       .def(py::init([](size_t Q, size_t L, size_t d, size_t rank, double base, double sign, double trusted) {

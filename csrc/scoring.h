@@ -8,13 +8,14 @@
 
 namespace trackstar {
 
-enum class RowType { float32, float16, bfloat16 };
+enum class RowType { float32, float16, bfloat16, int8, int4, sign };
 
-// N rows of L blocks of d numbers; no size is zero.
+// N rows of L blocks of d numbers; no size is zero. Blocks of int4 take ⌈d/2⌉ bytes, of sign ⌈d/32⌉ words of 32
+// bits: see trackstar_kernels/encode/README.md.
 struct Rows {
   const void* values;  // each row dense
   RowType type;
-  ptrdiff_t stride;     // numbers between rows
+  ptrdiff_t stride;     // numbers, bytes or words between rows
   const float* scales;  // null, or (N, L), dense: multipliers of each row's blocks
   size_t N, L, d;
 };
@@ -37,8 +38,14 @@ struct TopK {
 // four queries a chunk is 256 numbers, of which those at even and at odd places are summed in order and then
 // added (on vectors of four floats: all of them in order); with up to four it is 256 vectors, whose lanes are
 // added last, in pairs. So within each of the two cases a score has the same bits whatever the other queries and
-// rows, their number, and `threads`.
+// rows, their number, and `threads`. Scores with int8, int4 and sign rows always have the bits of the second case.
 void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
+
+// score_topk of the float32 or float16 rows `wider`, found through their narrow codes, which encode_rows made of
+// rows with these squared_norms (N, L), dense. Scores have the bits that they have for a single query. The number
+// of wider rows that were looked at goes to rescored (tops, Q).
+void rescored_topk(const float* queries, const Rows& codes, const Rows& wider, const float* squared_norms,
+                   const std::vector<TopK>& tops, int64_t* rescored, int threads);
 
 // Queries and another inner product, in the layout of the kernels: made once, for any number of scans.
 //
@@ -68,7 +75,9 @@ class Task {
   std::unique_ptr<Layout> layout_;
 };
 
-// The best rows under a task, whose Q, L and d are those of `tops` and `rows`; squared_norms (N, L), dense.
+// The best rows under a task, whose Q, L and d are those of `tops` and `rows`; squared_norms (N, L), dense. What they
+// exceed those of int8, int4 and sign rows by counts in the norm, whatever `base`: what narrowing took from a row is
+// taken to be orthogonal to the queries.
 //
 // A row whose norm is less than `trusted` of its squared norms has lost it to rounding: it is left out of the
 // result and marked in doubtful (N). Only the first min(k, rows not marked) results of each query are filled.

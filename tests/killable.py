@@ -12,6 +12,7 @@ import trackstar
 from conftest import make_examples, make_llama
 from trackstar import SketchSpec
 from trackstar.build import build_store
+from trackstar.manifest import Manifest
 from trackstar.writer import writing
 
 SPEC = SketchSpec(sketch=4)
@@ -71,6 +72,19 @@ OPERATIONS = {
     "rewhiten": lambda root: trackstar.rewhiten_store(root / "second", root / "new"),
 }
 """{name: what is done with the stores that :func:`prepare` left below a folder}."""
+
+
+def versions(root):
+    """{store: rows committed, rows that readers see, rows deleted} of the stores below, all of which are intact."""
+    found = {}
+    for path in sorted(root.iterdir()):
+        manifest = Manifest.read(path)
+        if manifest is not None:
+            store = trackstar.open_store(path)
+            assert trackstar.verify_store(store) == []
+            seen = (store.end, len(store.deleted)) if store.complete else (0, 0)
+            found[path.name] = manifest.committed, *seen
+    return found
 
 
 def operate_to_death(name, root, step=None):

@@ -18,6 +18,13 @@ CASES = {
     "many results": {"queries": 20, "mixing": 0.5, "k": 2000},
     "many queries": {"queries": 600, "mixing": 0.5},
     "scattered rows": {"queries": 40, "mixing": 0.5, "every": 3},
+    "int8": {"queries": 40, "mixing": 0.5, "dtype": "int8"},
+    "int4": {"queries": 40, "mixing": 0.5, "dtype": "int4"},
+    "sign": {"queries": 40, "mixing": 0.5, "dtype": "sign"},
+    "int8, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "int8"},
+    "int4, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "int4"},
+    "sign, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "sign"},
+    "many queries, int4": {"queries": 400, "mixing": 0.0, "k": 100, "dtype": "int4"},
     "unlimited": {"queries": 40, "mixing": 0.5, "memory": 10**9},
 }
 
@@ -26,6 +33,11 @@ def resident():
     """Memory of this process now, pages of files included; the largest so far starts anew from it."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
+
+
+def store_of(folder, dtype):
+    shards = [torch.randn(SHARD_ROWS, BLOCKS, SIZE) for _ in range(SHARDS if dtype == "float16" else 2)]
+    return make_store(folder / dtype, shards, dtype=dtype)
 
 
 def main(folder):

@@ -7,6 +7,7 @@ import torch
 import trackstar
 from conftest import VOCABULARY, files_below, make_examples, make_llama, relative_error
 from trackstar import SecondMoments, SketchSpec, StoreError
+from trackstar.curvature import rotation
 from trackstar.plan import plan_build
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -32,14 +33,27 @@ def dense_whitener(curvature):
     return vectors @ torch.diag_embed(eigenvalues.rsqrt()) @ vectors.transpose(1, 2)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-4), ("float16", 1e-3)])
-def test_stored_rows_are_whitened_rows(tmp_path, model, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "wide", "tolerance"),
+    [
+        ("float32", None, 2e-4),
+        ("float16", None, 1e-3),
+        ("int8", None, 2e-2),
+        ("int4", None, 0.2),
+        ("sign", None, 0.8),
+        ("int4", "float16", 1e-3),
+        ("sign", "float32", 2e-4),
+    ],
+)
+def test_stored_rows_are_whitened_rows(tmp_path, model, dtype, wide, tolerance):
     examples = make_examples(LENGTHS)
-    store = trackstar.build_store(tmp_path, model, examples, spec=SPEC, dtype=dtype, shard_rows=4)
+    store = trackstar.build_store(tmp_path, model, examples, spec=SPEC, dtype=dtype, wide=wide, shard_rows=4)
     rows = collected(model, examples)
     curvature = dense_curvature(rows)
     assert relative_error(store.curvature.train, curvature) < 1e-5
     whitened = torch.einsum("bij,nbj->nbi", dense_whitener(curvature), rows)
+    if dtype in ("int8", "int4", "sign"):
+        whitened = whitened @ rotation(SPEC.block_size).T
     got = store.rows(0, len(store))
     assert got.dtype == torch.float32
     assert relative_error(got, whitened) < tolerance
@@ -47,11 +61,14 @@ def test_stored_rows_are_whitened_rows(tmp_path, model, dtype, tolerance):
     torch.testing.assert_close(store.squared_norms.double(), whitened.square().sum(dim=2), rtol=4e-4, atol=0)
 
 
-def test_the_whitener_whitens(tmp_path, llama):
-    store = trackstar.build_store(tmp_path, llama, make_examples(LENGTHS), spec=SPEC)
+@pytest.mark.parametrize("dtype", ["float16", "sign"])
+def test_the_whitener_whitens(tmp_path, llama, dtype):
+    store = trackstar.build_store(tmp_path, llama, make_examples(LENGTHS), spec=SPEC, dtype=dtype)
     curvature, whitener = store.curvature.train, store.curvature.whitener.double()
     identity = torch.eye(SPEC.block_size, dtype=torch.float64).expand_as(curvature)
-    torch.testing.assert_close(whitener @ curvature @ whitener, identity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whitener @ curvature @ whitener.mT, identity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whitener.mT @ whitener @ curvature, identity, rtol=0, atol=1e-4)
+    assert torch.allclose(whitener, whitener.mT, rtol=0, atol=1e-6) == (dtype == "float16")
     eigenvalues = torch.linalg.eigvalsh(curvature)
     torch.testing.assert_close(store.curvature.eigenvalues, eigenvalues, rtol=1e-5, atol=0)
 
@@ -91,21 +108,23 @@ def test_a_sample_stands_for_the_corpus(tmp_path, llama):
     assert not (tmp_path / "a" / "staging").exists()
 
 
-def test_text_tokens_and_ids_come_back(tmp_path, llama):
+def test_text_tokens_ids_and_metadata_come_back(tmp_path, llama):
+    metadata = {"source": "née", "year": 1999, "nested": [{"a": None}, 0.5], "": {}}
     texts = ["plain", "naïve – 日本語 🜚", "", "two\nlines\0nul", "", "", "", "end"]
     lengths = (3, 5, 1, 7, 0, 0, 0, 2)
     examples = make_examples(lengths)
     for i, (example, text) in enumerate(zip(examples, texts, strict=True)):
-        example |= {"text": text, "id": f"id/{i} é"} if i else {"text": text}
+        example |= {"text": text, "id": f"id/{i} é", "metadata": metadata} if i else {"text": text}
     # The third shard holds nothing but empty examples.
     store = trackstar.build_store(tmp_path, llama, examples, spec=SPEC, shard_rows=2)
     assert len(store) == len(examples)
     for i, example in enumerate(examples):
         assert store.text(i) == texts[i]
         assert store.id(i) == example.get("id", "0")
+        assert store.metadata(i) == example.get("metadata", {})
         assert store.tokens(i).dtype == np.int32
         assert store.tokens(i).tolist() == example["input_ids"]
-    for read in (store.text, store.id, store.tokens):
+    for read in (store.text, store.id, store.tokens, store.metadata):
         for index in (-1, len(examples)):
             with pytest.raises(IndexError, match=rf"index must be from 0 to 7, got {index}"):
                 read(index)
@@ -153,6 +172,7 @@ def changed_model():
         ),
         ({"correction": "exact"}, "correction = None"),
         ({"dtype": "float32"}, "dtype = 'float16', this build has 'float32'"),
+        ({"dtype": "int8", "wide": "float16"}, "dtype = 'float16', this build has 'int8'"),
         ({"sample": 7}, "curvature.sample = 11, this build has 7"),
         ({"shard_rows": 5}, "shard_rows = 4, this build has 5"),
     ],
@@ -216,6 +236,12 @@ def test_a_file_in_the_way(tmp_path, llama):
         ),
         ([{"input_ids": [1, VOCABULARY]}], rf"examples\[0\] must hold token ids from 0 to {VOCABULARY - 1}"),
         ([{"input_ids": [1, -1]}], r"examples\[0\] must hold token ids"),
+        ([{"input_ids": [1], "metadata": "x"}], r"examples\[0\]: metadata must be a mapping, got str"),
+        (
+            [{"input_ids": [1], "metadata": {"a": set()}}],
+            r"examples\[0\]: metadata must hold JSON values alone",
+        ),
+        ([{"input_ids": [1], "metadata": {"a": float("nan")}}], r"metadata must hold JSON values alone"),
         ([{"input_ids": [1]}], "the sample's gradients must not be zero throughout"),
     ],
 )
@@ -228,6 +254,11 @@ def test_unusable_examples(tmp_path, llama, examples, message):
     ("arguments", "message"),
     [
         ({"dtype": "int3"}, "dtype must be one of float32, float16, int8, int4, sign; got 'int3'"),
+        (
+            {"wide": "float32"},
+            "wide must be None, or float32 or float16 beside int8, int4 or sign; got 'float32'",
+        ),
+        ({"dtype": "int8", "wide": "int4"}, "wide must be None, or .*; got 'int4' beside int8"),
         ({"sample": 0}, "sample must be an int of at least 1, got 0"),
         ({"sample": 2.5}, "sample must be an int of at least 1, got 2.5"),
         ({"shard_rows": True}, "shard_rows must be an int of at least 1, got True"),
@@ -267,8 +298,11 @@ def test_a_gradient_that_is_not_finite_names_its_example(tmp_path, llama, monkey
     assert trackstar.build_store(tmp_path, llama, examples, spec=SPEC, shard_rows=2).complete
 
 
-@pytest.mark.parametrize("correction", [None, "exact"])
-def test_the_plan_knows_the_disk(tmp_path, llama, correction):
+@pytest.mark.parametrize(
+    ("correction", "coding"),
+    [(None, {}), ("exact", {}), (None, {"dtype": "int8", "wide": "float16"}), (None, {"dtype": "sign"})],
+)
+def test_the_plan_knows_the_disk(tmp_path, llama, correction, coding):
     examples = make_examples([20 + i % 40 for i in range(300)])
     for i, example in enumerate(examples):
         example["text"] = f"Passage {i}. " * 5
@@ -281,7 +315,9 @@ def test_the_plan_knows_the_disk(tmp_path, llama, correction):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trackstar.build.plan_build", remember)
-        trackstar.build_store(tmp_path, llama, examples, spec=SketchSpec(sketch=8), correction=chosen)
+        trackstar.build_store(
+            tmp_path, llama, examples, spec=SketchSpec(sketch=8), correction=chosen, **coding
+        )
     plan = plans[0]
     found = sum(len(content) for content in files_below(tmp_path).values())
     assert plan.rows == len(examples)

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import make_llama
+from test_optimizer_states import a_safetensors_file, a_sharded_state, a_trainer_folder, adam
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trackstar.cli import app, main
 from transformers import PreTrainedTokenizerFast
@@ -154,6 +156,31 @@ def test_info_and_verify(store, monkeypatch, capsys):
     assert (code, out.strip()) == (0, "18 rows in 1 shards, all as written; complete")
 
 
+@pytest.mark.parametrize("form", ["file", "distributed", "safetensors"])
+def test_an_optimizer_state_of_any_form(folder, monkeypatch, capsys, tmp_path, form):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    optimizer = adam(model)
+    saved = tmp_path / "checkpoint"
+    saved.mkdir()
+    {"file": a_trainer_folder, "distributed": a_sharded_state, "safetensors": a_safetensors_file}[form](
+        model, optimizer, saved
+    )
+    options = ("--data", folder / "data.jsonl", "--optimizer", saved, "--correction", "exact", "--sketch", 4)
+    arguments = ("build", "--model", folder / "model", "--out", tmp_path / "s", *options)
+    code, _, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    _, out, _ = call_main(monkeypatch, capsys, "info", tmp_path / "s")
+    assert '"source": "optimizer:adam"' in out
+
+    make_llama(intermediate_size=40, vocab_size=len(WORDS) + 1).save_pretrained(tmp_path / "other")
+    save_tokenizer(tmp_path / "other", WORDS)
+    arguments = ("build", "--model", tmp_path / "other", "--out", tmp_path / "t", *options)
+    code, _, err = call_main(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert "has shape (44, 32), the parameter (40, 32)" in err
+    assert err.count("\n") == 1
+
+
 def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
     damaged = tmp_path / "store"
     shutil.copytree(store, damaged)
@@ -171,6 +198,70 @@ def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
     assert "nothing is served from it" in err
 
 
+def test_looking_after_stores(folder, monkeypatch, capsys, tmp_path):
+    """From a build of half the corpus to a merged, narrow, repaired store."""
+
+    def call(*arguments):
+        code, out, err = call_main(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out
+
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    (tmp_path / "half.jsonl").write_text("\n".join(lines[:9]))
+    (tmp_path / "rest.jsonl").write_text("\n".join(lines[9:]))
+    model, store = ("--model", folder / "model"), tmp_path / "store"
+    half, rest = ("--data", tmp_path / "half.jsonl"), ("--data", tmp_path / "rest.jsonl")
+    call("build", *model, *half, "--out", store, "--sketch", 4, "--dtype", "int8", "--wide", "float16")
+    assert "18 rows of 14×16 int8 beside float16" in call("append", store, *model, *rest)
+    assert call("delete", store, "--index", 3, "--id", "fact-7").startswith("2 rows deleted")
+    (tmp_path / "ids").write_text("fact-0\nfact-1\n")
+    assert call("delete", store, "--ids", tmp_path / "ids").startswith("2 rows deleted")
+    assert "28 rows" in call("merge", "--out", tmp_path / "merged", store, store)
+    assert "14 rows of 14×16 sign" in call(
+        "reencode", store, "--out", tmp_path / "sign", "--dtype", "sign", "--wide", "float32"
+    )
+    call("rewhiten", store, "--out", tmp_path / "own")
+    call("rewhiten", tmp_path / "own", "--out", tmp_path / "back", "--like", store)
+    query = (*model, "--prompt", "the capital of Peru is", "--target", "Lima", "-k", 3)
+    assert "proponents" in call("query", tmp_path / "merged", *query)
+    next((store / "shards").glob("*/rows/data.ninja")).unlink()
+    assert call_main(monkeypatch, capsys, "verify", store)[0] == 1
+    assert call("repair", store, *model, "--data", folder / "data.jsonl") == "1 shards rebuilt\n"
+    assert "those read (50%) as written" in call("verify", store, "--sample", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("append", "STORE", "--model", "MODEL", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("append", "nowhere", "--model", "MODEL", "--data", "DATA"), "there is no store at nowhere"),
+        (("delete", "STORE", "--index", 99), "indices must be from 0 to 17, got 99"),
+        (("delete", "STORE", "--id", "none"), "ids must be of rows of"),
+        (("merge", "--out", "OUT", "STORE", "nowhere"), "there is no store at nowhere"),
+        (
+            ("reencode", "STORE", "--out", "OUT", "--dtype", "float16", "--wide", "float32"),
+            "wide must be None",
+        ),
+        (("rewhiten", "STORE", "--out", "OUT", "--like", "nowhere"), "there is no store at nowhere"),
+        (("verify", "STORE", "--sample", 2), "sample must be a number with 0 < sample ≤ 1"),
+    ],
+)
+def test_looking_after_stores_fails_in_one_clear_line(
+    folder, store, monkeypatch, capsys, tmp_path, arguments, message
+):
+    names = {
+        "STORE": store,
+        "MODEL": folder / "model",
+        "DATA": folder / "data.jsonl",
+        "OUT": tmp_path / "out",
+    }
+    code, _, err = call_main(monkeypatch, capsys, *(names.get(word, word) for word in arguments))
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_tokenizer_is_refused(folder, store, monkeypatch, capsys, tmp_path):
     """The same model with a tokenizer that numbers the words differently."""
     other = tmp_path / "model"
@@ -183,20 +274,26 @@ def test_another_tokenizer_is_refused(folder, store, monkeypatch, capsys, tmp_pa
     assert err.count("\n") == 1
 
 
-def test_plan_writes_nothing(folder, monkeypatch, capsys, tmp_path):
-    arguments = (
-        "plan",
-        "--model",
-        folder / "model",
-        "--data",
-        folder / "data.jsonl",
-        "--out",
-        tmp_path / "s",
-    )
-    code, out, _ = call_main(monkeypatch, capsys, *arguments)
+def test_plan_needs_no_weights_and_writes_nothing(folder, monkeypatch, capsys, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    given = ("plan", "--model", tmp_path / "model", "--out", tmp_path / "s")
+    code, out, _ = call_main(monkeypatch, capsys, *given, "--data", folder / "data.jsonl")
     assert code == 0
-    assert "18 rows of 14 × 256 to write" in " ".join(out.split())
-    assert not (tmp_path / "s").exists()
+    assert "14 blocks of 256" in out
+    assert "measured" in out
+    assert [line.split()[0] for line in out.splitlines() if line.lstrip()[:1].isdigit()][-1] == "18"
+    code, out, _ = call_main(monkeypatch, capsys, *given, "--gpu", "H100")
+    assert code == 0
+    assert "from data sheet, not measured" in out
+    assert "1,000,000,000" in out
+    code, out, _ = call_main(
+        monkeypatch, capsys, *given, "--examples", "2e5", "--tokens", "64", "--dtype", "int8"
+    )
+    assert code == 0
+    assert "200,000" in out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -251,9 +348,16 @@ def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message)
     [
         ["build"],
         ["nothing"],
+        ["delete", "S"],
+        ["merge", "--out", "S"],
+        ["reencode", "S", "--out", "T"],
         ["query", "S", "--model", "M"],
         ["query", "S", "--model", "M", "--prompt", "a"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--mixing", "much"],
+        ["plan", "--model", "M", "--examples", "many"],
+        ["plan", "--model", "M", "--examples", "5", "--data", "D"],
+        ["plan", "--model", "M", "--tokens", "0"],
+        ["plan", "--model", "M", "--gpu", "GTX"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--rows", "3"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--where", "wiki"],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--memory", "lots"],
@@ -269,4 +373,5 @@ def test_help_lists_the_commands():
     out = subprocess.run(
         [sys.executable, "-m", "trackstar", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert all(command in out for command in ("build", "query", "info", "verify", "plan"))
+    commands = "build query info plan verify repair append delete merge reencode rewhiten"
+    assert all(command in out for command in commands.split())

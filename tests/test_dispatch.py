@@ -8,7 +8,7 @@ import torch
 from trackstar_kernels import _dispatch, available_backends
 from trackstar_kernels._architecture import architecture
 
-TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
 @pytest.fixture
@@ -34,30 +34,43 @@ def modules(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("triton", "device", "capability", "missing"),
+    ("backend", "installed", "device", "capability", "missing"),
     [
-        (False, True, (9, 0), "triton is not installed"),
-        (True, False, (9, 0), "there is no CUDA device"),
-        (True, True, (7, 5), "the CUDA device is older than compute capability 8.0"),
+        ("triton", False, True, (9, 0), "triton is not installed"),
+        ("cuda", False, True, (9, 0), "trackstar_kernels was built without nvcc"),
+        ("triton", True, False, (9, 0), "there is no CUDA device"),
+        ("cuda", True, False, (9, 0), "there is no CUDA device"),
+        ("triton", True, True, (7, 5), "the CUDA device is older than compute capability 8.0"),
+        ("cuda", True, True, (7, 5), "the CUDA device is older than compute capability 8.0"),
     ],
 )
-def test_a_backend_that_cannot_run(op, modules, monkeypatch, triton, device, capability, missing):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+def test_a_backend_that_cannot_run(op, modules, monkeypatch, backend, installed, device, capability, missing):
+    monkeypatch.setitem(_dispatch._TABLES, "op", {"cpu": ("cpu",), "cuda": (backend, "reference")})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(_dispatch._C, "with_cuda", installed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(
         ValueError,
-        match=f"backend 'triton' of op is not available: {missing}; available on cuda: reference",
+        match=f"backend '{backend}' of op is not available: {missing}; available on cuda: reference",
     ):
-        op("triton")
+        op(backend)
     assert op(None) == op("reference") == "package._reference"
     assert modules == ["package._reference"] * 2
-    assert available_backends()["op"] == {"cpu": ("cpu", "reference")} | (
-        {"cuda": ("reference",)} if device else {}
-    )
+    assert available_backends()["op"] == {"cpu": ("cpu",)} | ({"cuda": ("reference",)} if device else {})
+
+
+def test_scoring_needs_nvidia(op, modules, monkeypatch):
+    """What torch calls a CUDA device may be AMD's, for which there are Triton's kernels alone."""
+    monkeypatch.setattr(_dispatch._C, "with_cuda", True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _dispatch.lacks("cuda") == "there is no CUDA device"
+    assert _dispatch.lacks("triton") is None
 
 
 def test_the_first_backend_that_can_run(op, modules, monkeypatch):
+    monkeypatch.setattr(_dispatch._C, "with_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert op(None) == op("triton") == "package._triton"
@@ -66,7 +79,7 @@ def test_the_first_backend_that_can_run(op, modules, monkeypatch):
 
 def test_unknown_backends_and_devices(op):
     with pytest.raises(
-        ValueError, match="backend of op on cuda must be one of triton, reference, got 'numba'"
+        ValueError, match="backend of op on cuda must be one of triton, cuda, reference, got 'numba'"
     ):
         op("numba")
     with pytest.raises(ValueError, match="op runs on cpu, cuda; got tensors on meta"):

@@ -4,15 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cuda_device import CUDA, cuda_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trackstar_kernels as tk
-from trackstar_kernels import _C
+from trackstar_kernels import _C, scoring
 from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
-BACKENDS = ["reference", *NATIVE]
+BACKENDS = ["reference", *NATIVE, *CUDA]
 # Scores of torch.mm may change in their last bits with the shapes around them; the native kernels' may not.
 native_only = pytest.mark.parametrize("backend", NATIVE, indirect=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -22,6 +23,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def on_backend(case):
     """One of BACKENDS, the native one at its instruction set level; yields the backend's name."""
     name, _, isa = case.partition(":")
+    if name == "cuda":
+        with cuda_runs(isa, scoring.BACKENDS):
+            yield name
+        return
     before = _C.isa()
     _C.set_isa(isa or before)
     try:
@@ -353,7 +358,7 @@ def test_mixed_with_large_blocks(n, Q):
 @pytest.mark.parametrize("largest", [True, False])
 def test_rows_that_need_float64(k, largest, monkeypatch):
     """Sixty of seventy rows lie in the span of the queries; a few at a time are computed again."""
-    monkeypatch.setattr("trackstar_kernels.scoring._cpu.SCRATCH", 2**13)
+    monkeypatch.setattr("trackstar_kernels.scoring._hessian.SCRATCH", 2**13)
     queries, rows = 30 * randn(5, 2, 16), randn(70, 2, 16, seed=1)
     rows[5:65] = torch.einsum("nq,qld->nld", randn(60, 5, seed=2), queries)
     check_mixed(queries, rows, 0.9, k=k, largest=largest)

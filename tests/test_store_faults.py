@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def corrected(tmp_path_factory):
     moments = SecondMoments.estimate(tiny_model(), [{"input_ids": [1, 2, 3]}])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
-        tiny_build(path, correction=moments.correction("exact"))
+        tiny_build(path, correction=moments.correction("exact"), dtype="int8", wide="float16")
     return path
 
 
@@ -139,7 +138,22 @@ def shorten(file):
     os.truncate(file, file.stat().st_size - 1)
 
 
+def zero_the_end(file):
+    """As after a power failure, where a file's size came to the disk and its last bytes did not."""
+    content = file.read_bytes()
+    half = len(content) // 2
+    assert any(content[half:])
+    file.write_bytes(content[:half] + bytes(len(content) - half))
+
+
+def lengthen(file):
+    with file.open("ab") as stream:
+        stream.write(b"\0")
+
+
 DAMAGES = {
+    "torn": (zero_the_end, "does not match its checksum"),
+    "longer": (lengthen, r"has \d+ bytes instead of \d+"),
     "flipped": (lambda file: flip(file, file.stat().st_size // 2), "does not match its checksum"),
     "truncated": (shorten, r"has \d+ bytes instead of \d+"),
     "missing": (Path.unlink, "is missing"),
@@ -154,7 +168,9 @@ SHARD = "shards/0000000003-0000000006"
     [
         f"{SHARD}/rows/data.ninja",
         f"{SHARD}/rows/shape.ninja",
+        f"{SHARD}/scales/data.ninja",
         f"{SHARD}/squared_norms/data.ninja",
+        f"{SHARD}/wide/data.ninja",
         f"{SHARD}/tokens/data.ninja",
         f"{SHARD}/strings/data.ninja",
         f"{SHARD}/offsets/dtype.ninja",
@@ -167,7 +183,7 @@ SHARD = "shards/0000000003-0000000006"
 )
 def test_damage_is_named_and_nothing_served_from_it(store, monkeypatch, capsys, name, damage):
     spoil, message = DAMAGES[damage]
-    if name.endswith("checksums.json") and damage == "truncated":
+    if name.endswith("checksums.json") and damage in ("truncated", "longer"):
         message = "does not match its checksum"
     spoil(store / name)
     opened = trackstar.open_store(store)
@@ -188,10 +204,12 @@ def test_damage_is_named_and_nothing_served_from_it(store, monkeypatch, capsys, 
     if name.startswith(SHARD):
         array = name.removeprefix(f"{SHARD}/").split("/")[0]
         reads = {
-            ("rows",): lambda: opened.rows(2, 4),
+            ("wide",): lambda: opened.rows(2, 4),
             ("offsets", "strings"): lambda: opened.text(5),
             ("offsets", "tokens"): lambda: opened.tokens(3),
-            ("rows", "squared_norms"): lambda: score_rows(opened, torch.ones(1, *opened.row_shape), k=1),
+            ("rows", "scales", "squared_norms"): lambda: score_rows(
+                opened, torch.ones(1, *opened.row_shape), k=1
+            ),
         }
         for arrays, read in reads.items():
             with refused() if array in (*arrays, "checksums.json") else contextlib.nullcontext():
@@ -201,6 +219,44 @@ def test_damage_is_named_and_nothing_served_from_it(store, monkeypatch, capsys, 
         with refused():
             attribute(opened, tiny_model(), queries, k=1)
     assert files_below(store) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "index/00000000/shards/data.ninja",
+        "index/00000000/checksums.json",
+        "deletions/00000001/rows/data.ninja",
+        "deletions/00000001/rows/dtype.ninja",
+    ],
+)
+def test_damaged_lists(tmp_path, monkeypatch, name, damage):
+    monkeypatch.setattr("trackstar.index.SEGMENT", 2)
+    tiny_build(tmp_path)
+    for rows in ([5], [4, 7]):
+        trackstar.delete_rows(tmp_path, rows)
+    spoil, message = DAMAGES[damage]
+    if name.endswith("checksums.json") and damage in ("truncated", "longer"):
+        message = "does not match its checksum"
+    spoil(tmp_path / name)
+    opened = trackstar.open_store(tmp_path)
+    before = files_below(tmp_path)
+    (line,) = verify_store(opened)
+    assert line.startswith(name)
+    reads = {
+        "index": (lambda: opened.shards[0], lambda: opened.rows(0, 1)),
+        "deletions": (lambda: len(opened),),
+    }
+    works = {
+        "index": (lambda: trackstar.merge_stores(tmp_path / "new", [tmp_path]),),
+        "deletions": (lambda: trackstar.delete_rows(tmp_path, [1]),),
+    }
+    kind = name.split("/")[0]
+    for use in (*reads[kind], *works[kind]):
+        with pytest.raises(StoreError, match=rf"{name} {message}; nothing is served from it"):
+            use()
+    assert {file: content for file, content in files_below(tmp_path).items() if "new/" not in file} == before
 
 
 def test_a_shard_that_goes_missing_later_is_not_made_anew(store):
@@ -267,118 +323,6 @@ def test_damaged_staged_rows_do_not_reach_the_store(tmp_path):
     flip(tmp_path / "staging" / "00000000" / "rows" / "data.ninja", 100)
     with pytest.raises(StoreError, match=r"staging/00000000: rows/data.ninja does not match its checksum"):
         tiny_build(tmp_path)
-
-
-@contextlib.contextmanager
-def mounted(path, *options):
-    """A file system of its own at ``path``."""
-    path.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command")
-    done = subprocess.run(["mount", *options, str(path)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def test_a_disk_that_fills_up(tmp_path, uninterrupted):
-    """Someone else's file leaves more and more; a build ends with one error, or whole."""
-    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=4m", "tmpfs") as disk:
-        ballast, path = disk / "ballast", disk / "store"
-        outcomes = []
-        for free in range(0, 3_000_000, 250_000):
-            ballast.write_bytes(b"")
-            filled = shutil.disk_usage(disk).free - free
-            ballast.write_bytes(bytes(max(filled, 0)))
-            child = start(full_disk_build, path)
-            outcomes.append(finish(child))
-            committed(path)
-        # 0: done; 28: ENOSPC. Anything else is a crash, of which the most likely is SIGBUS.
-        assert set(outcomes) == {0, errno.ENOSPC}
-        assert files_below(path) == uninterrupted[1]
-
-
-def full_disk_build(path):
-    """Exit with the error's number, after a check that it says enough."""
-    try:
-        build_to_death(path)
-    except OSError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
-        raise SystemExit(error.errno) from None
-
-
-@pytest.mark.parametrize("call", range(1, 8))
-def test_a_disk_that_fills_up_at_any_reservation(tmp_path, monkeypatch, call):
-    """The same without a disk to fill: the ``call``-th reservation fails."""
-    reserve, count = os.posix_fallocate, 0
-
-    def failing(*arguments):
-        nonlocal count
-        count += 1
-        if count == call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        reserve(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", failing)
-        with pytest.raises(OSError, match=r"cannot reserve 0\.3 MB: No space left on device: '.*\.new'"):
-            tiny_build(tmp_path)
-    assert not list(tmp_path.rglob("*.new"))
-    rows = committed(tmp_path)
-    # Three reservations for the staged rows, one for the curvature, one for each of three shards.
-    assert rows == max(call - 5, 0) * SHARD_ROWS
-    assert len(tiny_build(tmp_path)) == len(LENGTHS)
-    assert committed(tmp_path) == len(LENGTHS)
-
-
-def test_a_limit_on_the_size_of_files(tmp_path):
-    child = start(limited_build, tmp_path)
-    assert finish(child) == errno.EFBIG
-    assert committed(tmp_path) == 0
-    assert len(tiny_build(tmp_path)) == len(LENGTHS)
-
-
-def limited_build(path):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    full_disk_build(path)
-
-
-@contextlib.contextmanager
-def read_only(folder):
-    """Nothing below ``folder`` can be written; root needs a mount for it."""
-    if os.geteuid():
-        folder.chmod(0o555)
-        try:
-            yield
-        finally:
-            folder.chmod(0o755)
-        return
-    twin = folder.with_name("twin")
-    folder.rename(twin)
-    with mounted(folder, "--bind", str(twin)):
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
-        yield
-    folder.rmdir()
-    twin.rename(folder)
-
-
-def test_a_read_only_folder(store, tmp_path):
-    empty = tmp_path / "above" / "empty"
-    empty.mkdir(parents=True)
-    with read_only(store):
-        opened = trackstar.open_store(store)
-        assert verify_store(opened) == []
-        queries = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]
-        assert attribute(opened, tiny_model(), queries, k=2).scores.shape == (1, 2)
-        assert opened.text(4) == "text 4 é"
-    with read_only(empty.parent), pytest.raises(OSError, match=r"Read-only|Permission denied") as caught:
-        tiny_build(empty)
-    assert str(empty) in str(caught.value)
-    assert committed(empty) == 0
 
 
 def test_an_unreadable_file_is_an_error(store, monkeypatch):

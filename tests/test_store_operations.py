@@ -329,6 +329,23 @@ class TestReencode:
         with pytest.raises(StoreError, match=r"holds 'thesis.tex' and no manifest.json"):
             trackstar.reencode_store(whole.path, tmp_path / "taken", "int8")
 
+    def test_a_damaged_source_is_named_and_gone_on_from_once_repaired(self, tmp_path, whole):
+        source = build(tmp_path / "source", curvature=whole.curvature).path
+        file = source / "shards/0000000006-0000000009/rows/data.ninja"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(
+            StoreError, match=r"0000000006-0000000009/rows/data.ninja does not match its checksum"
+        ):
+            trackstar.reencode_store(source, tmp_path / "new", "int8")
+        begun = trackstar.open_store(tmp_path / "new")
+        assert (begun.complete, len(begun)) == (False, 6)
+        trackstar.repair_store(source, tiny_model(), EXAMPLES)
+        store = trackstar.reencode_store(source, tmp_path / "new", "int8")
+        direct = trackstar.reencode_store(whole.path, tmp_path / "direct", "int8")
+        assert store.manifest == direct.manifest
+        assert trackstar.verify_store(store) == []
+
 
 class TestRewhiten:
     def test_by_the_r_train_of_another_store(self, tmp_path, first, whole):

@@ -33,6 +33,43 @@ class Task:
     def set_weights(self, weights: int) -> None: ...
 
 def score_topk(queries: int, rows: Rows, tops: list[TopK], threads: int) -> None: ...
+def rescored_topk(
+    queries: int, codes: Rows, wider: Rows, squared_norms: int, tops: list[TopK], rescored: int, threads: int
+) -> None: ...
 def mixed_topk(
     task: Task, squared_norms: int, rows: Rows, tops: list[TopK], doubtful: int, threads: int
+) -> None: ...
+
+# Whether there is what follows.
+with_cuda: bool
+
+class CudaRows:
+    def __init__(self, values: int, type: str, stride: int, scales: int, N: int, L: int, d: int) -> None: ...
+
+class CudaSurvivors:
+    def __init__(self, keys: int, Q: int, k: int, slices: int, capacity: int, largest: bool) -> None: ...
+
+def cuda_score_topk(
+    rows: CudaRows,
+    queries: int,
+    operand: int,
+    query_scales: int,
+    columns: int,
+    survivors: CudaSurvivors,
+    stream: int,
+) -> None: ...
+def cuda_mixed_topk(
+    rows: CudaRows,
+    factors: int,
+    combine: int,
+    factor_scales: int,
+    squared_norms: int,
+    rank: int,
+    base: float,
+    sign: float,
+    trusted: float,
+    doubtful: int,
+    columns: int,
+    survivors: CudaSurvivors,
+    stream: int,
 ) -> None: ...

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trackstar_kernels import _C
+
 Table = Mapping[str, tuple[str, ...]]
 
 _TABLES: dict[str, Table] = {}
@@ -35,12 +37,15 @@ def available_backends() -> dict[str, dict[str, tuple[str, ...]]]:
 @functools.cache
 def lacks(backend: str) -> str | None:
     """What this machine lacks to run ``backend``, or None; decided once per process."""
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if not torch.cuda.is_available():
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if backend == "cuda" and not _C.with_cuda:
+        return "trackstar_kernels was built without nvcc"
+    if backend in ("triton", "cuda"):
+        amd = torch.version.hip is not None
+        if not torch.cuda.is_available() or (amd and backend == "cuda"):
             return "there is no CUDA device"
-        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        if not amd and torch.cuda.get_device_capability() < (8, 0):
             return "the CUDA device is older than compute capability 8.0"
     return None
 

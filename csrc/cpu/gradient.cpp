@@ -12,10 +12,12 @@ namespace {
 const GradientKernels& kernels_in_force() {
   switch (isa()) {
 #ifdef TRACKSTAR_HAS_v3
+    case Isa::v3_vnni:
     case Isa::v3:
       return v3::gradient_kernels;
 #endif
 #ifdef TRACKSTAR_HAS_v4
+    case Isa::v4_vnni:
     case Isa::v4:
       return v4::gradient_kernels;
 #endif

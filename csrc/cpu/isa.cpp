@@ -13,13 +13,21 @@ bool isa_available(Isa level) {
     case Isa::v3:
       return __builtin_cpu_supports("x86-64-v3");
 #endif
+#ifdef TRACKSTAR_HAS_v3_vnni
+    case Isa::v3_vnni:
+      return __builtin_cpu_supports("x86-64-v3") && __builtin_cpu_supports("avxvnni");
+#endif
 #ifdef TRACKSTAR_HAS_v4
     case Isa::v4:
       return __builtin_cpu_supports("x86-64-v4");
 #endif
+#ifdef TRACKSTAR_HAS_v4_vnni
+    case Isa::v4_vnni:
+      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni");
+#endif
 #ifdef TRACKSTAR_HAS_v4_bf16
     case Isa::v4_bf16:
-      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+      return isa_available(Isa::v4_vnni) && __builtin_cpu_supports("avx512bf16");
 #endif
     default:
       return false;
@@ -27,7 +35,7 @@ bool isa_available(Isa level) {
 }
 
 static Isa best_isa() {
-  for (Isa level : {Isa::v4_bf16, Isa::v4, Isa::v3}) {
+  for (Isa level : {Isa::v4_bf16, Isa::v4_vnni, Isa::v4, Isa::v3_vnni, Isa::v3}) {
     if (isa_available(level)) return level;
   }
   return Isa::baseline;

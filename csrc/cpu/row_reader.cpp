@@ -6,12 +6,13 @@ namespace trackstar {
 namespace {
 
 constexpr size_t kLineBytes = 64;
+constexpr size_t kFetchStep = 16;  // numbers: where kernels look whether a line is due
 
 const RowKernels& row_kernels(RowType type) {
   const ScoringKernels& kernels = scoring_kernels();
-  return type == RowType::float32   ? kernels.single
-         : type == RowType::float16 ? kernels.half
-                                    : kernels.bfloat16;
+  return type == RowType::float16    ? kernels.half
+         : type == RowType::bfloat16 ? kernels.bfloat16
+                                     : kernels.single;  // narrow rows are widened first
 }
 
 }  // namespace
@@ -20,11 +21,13 @@ RowReader::RowReader(const Rows& rows, size_t tile_rows)
     : rows_(rows),
       kernels_(scoring_kernels()),
       type_(row_kernels(rows.type)),
-      bytes_(rows.type == RowType::float32 ? 4 : 2),
+      codes_(is_coded(rows.type) ? &code_kernels(rows.type) : nullptr),
+      block_bytes_(block_bytes(rows.type, rows.d)),
       tile_rows_(tile_rows),
       tile_(tile_rows + kMaxBlockRows),
       next_tile_(tile_rows + kMaxBlockRows),
-      wide_(rows.type == RowType::float32 ? 0 : kMaxBlockRows * kDepth) {}
+      wide_(rows.type == RowType::float32 ? 0 : kMaxBlockRows * (codes_ ? kDepth * kernels_.lanes : kDepth)) {
+}
 
 void RowReader::open(size_t row, size_t count) {
   row_ = row;
@@ -42,12 +45,13 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
     multiply_few(b, matrix, matrix_b, out, stride);
     return;
   }
-  const size_t block_rows = matrix.block_rows(), row_bytes = rows_.L * rows_.d * bytes_;
+  const size_t block_rows = matrix.block_rows(), row_bytes = rows_.L * block_bytes_;
   const bool widen = !wide_.empty();
   for (size_t i = 0; i < rows_.d; i += kDepth) {
     const size_t depth = std::min(kDepth, rows_.d - i);
     // What is read kAheadBytes later lies in the same row, or a tile further.
-    const size_t offset = (b * rows_.d + i) * bytes_, later = offset + kAheadBytes;
+    const size_t bytes = block_bytes(rows_.type, depth);
+    const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i), later = offset + kAheadBytes;
     const char* const* const ahead_rows = later < row_bytes ? tile_.data() : next_tile_.data();
     const size_t ahead_offset = later < row_bytes ? later : std::min(later - row_bytes, row_bytes);
     for (size_t first = 0; first < count_; first += block_rows) {
@@ -62,12 +66,12 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
       if (widen) {
         for (size_t r = 0; r < block_rows; ++r) {
           float* wide = wide_.data() + r * kDepth;
-          type_.widen(rows[r], depth, wide);
+          widen_row(rows[r], depth, wide);
           rows[r] = wide;
         }
       }
       // The first panel fetches for all.
-      Fetch fetch{ahead, kLineBytes / bytes_};
+      Fetch fetch{ahead, std::max<size_t>(1, kLineBytes * depth / bytes / kFetchStep) * kFetchStep};
       for (size_t p = begin; p < end; ++p, fetch = {nullptr, 0}) {
         const Matrix::Panel& panel = matrix.panels()[p];
         panel.kernel->run(rows, matrix.panel_at(panel, matrix_b, i), depth, fetch, scale,
@@ -77,17 +81,17 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
   }
 }
 
-void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out,
-                             size_t stride) const {
+void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride) {
   const DotKernel& kernel = type_.dot[matrix.count() - 1];
   const size_t block_rows = kernel.rows, max_depth = kDepth * kernels_.lanes;
-  const size_t row_bytes = rows_.L * rows_.d * bytes_;
+  const size_t row_bytes = rows_.L * block_bytes_;
   for (size_t first = 0; first < count_; first += block_rows) {
     for (size_t i = 0; i < rows_.d; i += max_depth) {
       const size_t depth = std::min(max_depth, rows_.d - i);
-      const size_t offset = (b * rows_.d + i) * bytes_, end = offset + depth * bytes_;
+      const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i);
+      const size_t bytes = block_bytes(rows_.type, depth), end = offset + bytes;
       // What a short call reads was fetched by the one before; it fetches for the one after the next.
-      const size_t later = depth * bytes_ > kAheadBytes ? end : end + kAheadBytes;
+      const size_t later = bytes > kAheadBytes ? end : end + kAheadBytes;
       const char* const* const next_rows = later < row_bytes ? tile_.data() : next_tile_.data();
       const size_t next_offset = later < row_bytes ? later : later - row_bytes;
       const void *rows[kMaxBlockRows], *next[kMaxBlockRows];
@@ -95,6 +99,11 @@ void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, fl
       for (size_t r = 0; r < block_rows; ++r) {
         rows[r] = tile_[first + r] + offset;
         next[r] = next_rows[first + r] + next_offset;
+        if (codes_) {
+          float* wide = wide_.data() + r * kDepth * kernels_.lanes;
+          widen_row(rows[r], depth, wide);
+          rows[r] = next[r] = wide;
+        }
       }
       scales(b, first, block_rows, scale);
       kernel.run(rows, next, matrix.interleaved_at(matrix_b, i), depth, scale, out + first * stride, stride);
@@ -102,10 +111,13 @@ void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, fl
   }
 }
 
-// Where row n begins.
-const char* RowReader::at(size_t n) const {
-  return static_cast<const char*>(rows_.values) +
-         static_cast<ptrdiff_t>(n) * rows_.stride * static_cast<ptrdiff_t>(bytes_);
+// n numbers of a block as floats, not scaled.
+void RowReader::widen_row(const void* stored, size_t n, float* out) const {
+  if (codes_) {
+    codes_->widen(static_cast<const uint8_t*>(stored), n, out);
+  } else {
+    type_.widen(stored, n, out);
+  }
 }
 
 // Those of block b of a block of the tile's rows.

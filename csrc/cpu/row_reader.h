@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/aligned.h"
+#include "cpu/coded.h"
 #include "cpu/matrix.h"
 #include "cpu/scoring_kernel.h"
 #include "scoring.h"
@@ -28,18 +29,20 @@ class RowReader {
                 size_t stride);
 
  private:
-  void multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride) const;
-  const char* at(size_t n) const;
+  void multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride);
+  const char* at(size_t n) const { return reinterpret_cast<const char*>(row_at(rows_, n)); }
+  void widen_row(const void* stored, size_t n, float* out) const;
   void scales(size_t b, size_t first, size_t block_rows, float* out) const;
 
   const Rows rows_;
   const ScoringKernels& kernels_;
   const RowKernels& type_;
-  size_t bytes_;  // of a number
+  const CodeKernels* codes_;  // of narrow rows; null for others
+  size_t block_bytes_;
   size_t tile_rows_;
   size_t row_ = 0, count_ = 0;
   std::vector<const char*> tile_, next_tile_;  // where rows of the tile and of the next begin
-  Aligned<float> wide_;  // a block of rows as floats, if they are stored as something else
+  Aligned<float> wide_;  // a block of rows as floats, if kernels do not take them as they are stored
 };
 
 }  // namespace trackstar

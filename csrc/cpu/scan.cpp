@@ -72,7 +72,7 @@ void Scan::offer(size_t query, float score, int64_t position) {
   }
 }
 
-void run_scans(const std::vector<std::unique_ptr<Scan>>& scans, size_t N, const std::vector<TopK>& tops) {
+void run_scans(const std::vector<std::unique_ptr<Search>>& scans, size_t N, const std::vector<TopK>& tops) {
   const auto threads = static_cast<int>(scans.size());
   std::vector<std::vector<Candidate>> merged(threads);
   for (auto& candidates : merged) {
@@ -89,6 +89,8 @@ void run_scans(const std::vector<std::unique_ptr<Scan>>& scans, size_t N, const 
   for (ptrdiff_t i = 0; i < turns; ++i) {
     scans[thread_index()]->run(i * turn, std::min((i + 1) * turn, N));
   }
+#pragma omp parallel for num_threads(threads)
+  for (int i = 0; i < threads; ++i) scans[i]->finish();
 
   const size_t Q = tops.front().Q;
   const auto results = static_cast<ptrdiff_t>(tops.size() * Q);

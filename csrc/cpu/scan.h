@@ -15,18 +15,31 @@
 namespace trackstar {
 
 // One thread's share of the rows: its working memory, and the best it has seen for each query.
-class Scan {
+class Search {
+ public:
+  virtual ~Search() = default;
+
+  // Looks at rows begin … end - 1. Calls come in ascending order, and end with finish().
+  virtual void run(size_t begin, size_t end) = 0;
+  virtual void finish() {}
+
+  // Rows that are looked at together.
+  virtual size_t tile_rows() const = 0;
+  // The best for the query under tops[top], maybe with others; scores are negated where the smallest are wanted.
+  virtual const std::vector<Candidate>& candidates(size_t top, size_t query) const = 0;
+  // How many rows were scored a second time for that query.
+  virtual int64_t rescored(size_t, size_t) const { return 0; }
+};
+
+// A search that scores every row.
+class Scan : public Search {
  public:
   // `width` columns of scores, of which the first are the queries'; `tile_rows` rows are scored together.
   Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_rows);
-  virtual ~Scan() = default;
 
-  // Scores rows begin … end - 1. Calls come in ascending order.
-  void run(size_t begin, size_t end);
-
-  size_t tile_rows() const { return tile_rows_; }
-  // Those of the query under tops[top], their scores negated where the smallest are wanted.
-  const std::vector<Candidate>& candidates(size_t top, size_t query) const {
+  void run(size_t begin, size_t end) final;
+  size_t tile_rows() const final { return tile_rows_; }
+  const std::vector<Candidate>& candidates(size_t top, size_t query) const final {
     return selections_[top].reservoirs[query].candidates();
   }
 
@@ -62,18 +75,23 @@ inline size_t rows_of_tile(size_t block_rows, size_t matrix_bytes) {
   return matrix_bytes <= kCacheBytes ? block_rows : kTileRows;
 }
 
-// Runs the scans over all N rows, each on a thread of its own, and merges what they found.
-void run_scans(const std::vector<std::unique_ptr<Scan>>& scans, size_t N, const std::vector<TopK>& tops);
+// Runs the searches over all N rows, each on a thread of its own, and merges what they found.
+void run_scans(const std::vector<std::unique_ptr<Search>>& scans, size_t N, const std::vector<TopK>& tops);
 
-// The same with as many scans, made by `make`, as threads have something to do. All memory is taken before they
-// start, where running out of it is an ordinary exception.
+// As many scans, made by `make`, as threads have something to do. All memory is taken before they start, where
+// running out of it is an ordinary exception.
 template <typename Make>
-void run_scans(size_t N, const std::vector<TopK>& tops, int threads, Make make) {
-  std::vector<std::unique_ptr<Scan>> scans;
+std::vector<std::unique_ptr<Search>> make_scans(size_t N, int threads, Make make) {
+  std::vector<std::unique_ptr<Search>> scans;
   do {
     scans.push_back(make());
   } while (scans.size() < static_cast<size_t>(threads) && scans.size() * scans.front()->tile_rows() < N);
-  run_scans(scans, N, tops);
+  return scans;
+}
+
+template <typename Make>
+void run_scans(size_t N, const std::vector<TopK>& tops, int threads, Make make) {
+  run_scans(make_scans(N, threads, make), N, tops);
 }
 
 }  // namespace trackstar

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "cpu/coded.h"
 #include "cpu/isa.h"
 #include "cpu/matrix.h"
 #include "cpu/row_reader.h"
@@ -13,10 +14,12 @@ const ScoringKernels& scoring_kernels() {
   switch (isa()) {
 #ifdef TRACKSTAR_HAS_v4
     case Isa::v4_bf16:
+    case Isa::v4_vnni:
     case Isa::v4:
       return v4::scoring_kernels;
 #endif
 #ifdef TRACKSTAR_HAS_v3
+    case Isa::v3_vnni:
     case Isa::v3:
       return v3::scoring_kernels;
 #endif
@@ -59,6 +62,7 @@ class ScoreScan : public Scan {
 }  // namespace
 
 void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
+  if (is_coded(rows.type)) return coded_topk(queries, rows, tops, threads);
   Matrix matrix(tops.front().Q, rows.L, rows.d);
   for (size_t b = 0; b < rows.L; ++b) matrix.set_block(b, queries + b * rows.d, rows.L * rows.d);
   run_scans(rows.N, tops, threads, [&] { return std::make_unique<ScoreScan>(matrix, rows, tops); });

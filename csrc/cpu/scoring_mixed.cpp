@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/aligned.h"
+#include "cpu/coded.h"
 #include "cpu/matrix.h"
 #include "cpu/row_reader.h"
 #include "cpu/scan.h"
@@ -60,6 +61,8 @@ class MixedScan : public Scan {
       : Scan(tops, rows.N, task.combine.front().width(), rows_of_tile(task)),
         reader_(rows, tile_rows()),
         task_(task),
+        rows_(rows),
+        narrow_(is_coded(rows.type)),
         squared_norms_(squared_norms),
         doubtful_(doubtful),
         products_(tile_rows() * task.group_blocks * task.padded_rank),
@@ -94,7 +97,8 @@ class MixedScan : public Scan {
       const float* norms = squared_norms_ + (row + r) * task_.shape.L;
       double whole = 0;
       for (size_t b = 0; b < task_.shape.L; ++b) whole += norms[b];
-      const double norm = task_.shape.base * whole + task_.shape.sign * squares_[r];
+      double norm = task_.shape.base * whole + task_.shape.sign * squares_[r];
+      if (narrow_) norm += (1 - task_.shape.base) * std::max(0.0, whole - decoded_square(rows_, row + r));
       doubtful_[row + r] = norm < task_.shape.trusted * whole;
       const auto factor = static_cast<float>(whole == 0 ? 0.0 : 1 / std::sqrt(norm));
       for (size_t q = 0; q < width_; ++q) scores_[r * width_ + q] *= factor * task_.weights[q];
@@ -125,6 +129,8 @@ class MixedScan : public Scan {
 
   RowReader reader_;
   const Layout& task_;
+  const Rows rows_;
+  const bool narrow_;
   const float* squared_norms_;
   bool* doubtful_;
   Aligned<float> products_;  // (row of the tile, group_blocks, padded_rank): t of a group

@@ -125,6 +125,7 @@ def score_rows(
     largest: bool = True,
     where: Where = None,
     memory: int = MEMORY,
+    device: str | torch.device = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Scan the store for the k best examples of each query, given the queries' rows.
 
@@ -136,6 +137,7 @@ def score_rows(
         largest: False for the lowest scores.
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
+        device: where the store is scored, see :func:`attribute`.
 
     Returns:
         scores (Q, k) float32, indices (Q, k) int64, and λ.
@@ -144,7 +146,8 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    (found,), used = _answer(_plan(store, len(rows), k, mixing, (largest,), where, memory), rows, mixing)
+    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device)
+    (found,), used = _answer(scan, rows, mixing)
     return *found, used
 
 
@@ -161,6 +164,7 @@ def attribute(
     where: Where = None,
     output: str = "loss",
     memory: int = MEMORY,
+    device: str | torch.device = "cpu",
 ) -> Result:
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
@@ -185,6 +189,8 @@ def attribute(
         memory: bytes that the scan takes at most beyond the queries' rows (4·Q·L·d bytes), mapped pages included,
             however large the store. With less, pieces of the store are smaller, and many queries are taken in
             batches, each of which is a scan; the answer is the same.
+        device: where the store is scored: "cpu", or a CUDA device, to which it is streamed through pinned memory
+            and need not fit.
 
     Raises:
         TypeError: ``where`` is nothing of that kind.
@@ -196,7 +202,7 @@ def attribute(
     """
     encoded = encode_queries(queries, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), k, mixing, directions, where, memory)
+    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device)
     rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
     found, used = _answer(scan, rows, mixing)
     last = Result(*found[-1], used, directions[-1], encoded, store)
@@ -211,6 +217,7 @@ def _plan(
     directions: Sequence[bool],
     where: Where,
     memory: int,
+    device: str | torch.device,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
     store.require_complete()
@@ -221,7 +228,12 @@ def _plan(
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(chosen):
         limit = "the store's examples" if len(chosen) == len(store) else "the examples that where leaves"
         raise ValueError(f"k must be an int from 1 to {len(chosen)} ({limit}), got {k!r}")
-    return plan_scan(store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory)
+    device = torch.device(device)
+    if device.type != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device must be cpu where there is no CUDA device, got {device}")
+    return plan_scan(
+        store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory, device=device
+    )
 
 
 def _answer(scan: Scan, rows: torch.Tensor, mixing: str | float) -> tuple[list[Found], float]:

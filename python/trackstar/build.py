@@ -22,7 +22,7 @@ from trackstar.correction import Correction
 from trackstar.curvature import DAMPING, Curvature, estimate_curvature
 from trackstar.durable import remove_folder
 from trackstar.examples import Encoded, check_vocabulary, encode_examples
-from trackstar.layout import CODES, WIDE
+from trackstar.layout import CODES, WIDE, Layout
 from trackstar.lean import LeanPass
 from trackstar.manifest import Manifest
 from trackstar.passes import check_model, position_limit, rows_of, vocabulary_size
@@ -36,9 +36,6 @@ from trackstar.writing import read_staged, write_correction, write_curvature, wr
 
 SAMPLE = 10_000
 """Examples that R_train is the mean over, where there are more."""
-
-SHARD_BYTES = 64 << 20
-"""Float32 bytes of a shard's rows: what an interruption can cost, and what a scan keeps mapped."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ def build_store(
             "is it of another spec?"
         )
     if shard_rows is None:
-        shard_rows = min(max(SHARD_BYTES // (4 * blocks * size), 16), 4096)
+        shard_rows = Layout(dtype, wide, blocks, size).shard_rows
     lean = LeanPass(model, collector.modules.values())
     sample = 0 if curvature is not None else min(sample, len(encoded))
     build = _Build(path, lean, encoded, collector, sample, shard_rows)
@@ -173,6 +170,7 @@ def build_store(
                 correction,
                 writer.manifest.layout,
                 build.sample,
+                shard_rows,
                 path,
                 written=writer.manifest.committed,
                 pending=build.pending_tokens(writer.manifest),

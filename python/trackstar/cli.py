@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_stores
+from trackstar import cli_plan, cli_stores
 from trackstar.cli_options import (
     BlocksOption,
     CorrectionKind,
@@ -22,6 +22,7 @@ from trackstar.cli_options import (
     StoreArgument,
     WideOption,
     load_model,
+    make_spec,
     parse_bytes,
     parse_condition,
     parse_range,
@@ -58,7 +59,7 @@ def build(
     """Encode a corpus into a store, once; every later query is one scan of it."""
     from trackstar.build import build_store
 
-    spec = _spec(seed, sketch, blocks, kind)
+    spec = make_spec(sketch, blocks, kind, seed)
     examples = read_jsonl(data, "--data")
     network, tokenizer = load_model(model)
     chosen = _correction(network, tokenizer, examples, optimizer, correction, rank, estimate)
@@ -160,49 +161,8 @@ def info(store: StoreArgument) -> None:
     typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
-@app.command()
-def plan(
-    model: ModelOption,
-    data: DataOption,
-    out: Annotated[Path, typer.Option(help="Where the store would go.")],
-    correction: CorrectionOption = CorrectionKind.none,
-    rank: Annotated[int, typer.Option(help="Rank of the rank correction.")] = 1,
-    dtype: DtypeOption = Dtype.float16,
-    wide: WideOption = None,
-    sketch: SketchOption = 16,
-    blocks: BlocksOption = "module",
-    kind: KindOption = SketchKind.rademacher,
-    sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
-) -> None:
-    """Say what a build would need, without building: rows, disk, memory, time."""
-    from trackstar.collector import GradientCollector
-    from trackstar.examples import encode_examples
-    from trackstar.layout import Layout
-    from trackstar.lean import LeanPass
-    from trackstar.passes import position_limit
-    from trackstar.plan import plan_build
-
-    spec = _spec(0, sketch, blocks, kind)
-    examples = read_jsonl(data, "--data")
-    network, tokenizer = load_model(model)
-    encoded = encode_examples(examples, tokenizer, position_limit(network))
-    chosen = _correction(network, tokenizer, examples[:1], None, correction, rank, 1)
-    collector = GradientCollector(network, spec, chosen)
-    lean = LeanPass(network, collector.modules.values())
-    layout = Layout(dtype.value, wide and wide.value, *collector.row_shape)
-    needs = plan_build(lean, encoded, collector, chosen, layout, min(sample, len(encoded)), out)
-    typer.echo(f"{needs}")
-
-
-for command in cli_stores.COMMANDS:
+for command in (cli_plan.plan, *cli_stores.COMMANDS):
     app.command()(command)
-
-
-def _spec(seed: int, sketch: int, blocks: str, kind: SketchKind) -> Any:
-    from trackstar.spec import SketchSpec
-
-    grouping = int(blocks) if blocks.isdigit() else blocks
-    return SketchSpec(seed=seed, sketch=sketch, blocks=grouping, kind=kind.value)
 
 
 def _correction(
@@ -232,6 +192,9 @@ def main() -> None:
     """Run a command: exit 0 on success, 2 on bad usage, 1 with one clear line otherwise."""
     import sys
 
+    from trackstar.heap import give_back_large_blocks
+
+    give_back_large_blocks()
     try:
         app()
     except KeyboardInterrupt:

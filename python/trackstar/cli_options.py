@@ -47,7 +47,10 @@ DataOption = Annotated[Path, typer.Option("--data", help='JSONL of {"text": …}
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 OptimizerOption = Annotated[
     Path | None,
-    typer.Option(help="Saved optimizer state (optimizer.pt or a folder with one) for the correction."),
+    typer.Option(
+        help="Saved optimizer state for the correction: a torch.save or safetensors file, an index of safetensors "
+        "shards, a torch.distributed.checkpoint folder, or a Trainer or accelerate checkpoint."
+    ),
 ]
 CorrectionOption = Annotated[CorrectionKind, typer.Option(help="Optimizer correction V^(-1/2).")]
 SketchOption = Annotated[
@@ -82,17 +85,32 @@ def read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
     return lines
 
 
-def load_model(folder: Path) -> tuple[Any, Any]:
-    """The model, float32, and the tokenizer in ``folder``; nothing is downloaded."""
+def make_spec(sketch: int, blocks: str, kind: SketchKind, seed: int = 0) -> Any:
+    """The SketchSpec of these options."""
+    from trackstar.spec import SketchSpec
+
+    grouping = int(blocks) if blocks.isdigit() else blocks
+    return SketchSpec(seed=seed, sketch=sketch, blocks=grouping, kind=kind.value)
+
+
+def require_model(folder: Path) -> None:
+    """Require a model's folder, and have transformers keep silent about it."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"--model must be a folder with a transformers model (config.json), got {folder}"
         )
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """The model, float32, and the tokenizer in ``folder``; nothing is downloaded."""
+    require_model(folder)
+    import torch
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
     )

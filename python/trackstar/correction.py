@@ -15,7 +15,7 @@ class Correction:
 
     Attributes:
         kind: "exact" (an O × I matrix a module) or "rank" (Σ_r u_r v_rᵀ).
-        source: where V comes from, kept in the store: "optimizer:adam", "optimizer:adafactor", "estimate:128".
+        source: where V comes from, kept in the store: "optimizer:adam", "estimate:128".
         scales: exact: {module: (O, I)} float32, 1/(√V + ε).
         factors: rank: {module: (u (r, O), v (r, I))} float32.
     """

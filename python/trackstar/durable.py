@@ -59,7 +59,7 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
             raise
         shutil.copyfile(source, target)
 
@@ -84,11 +84,15 @@ def require_disk(path: Path, needed: int, task: str) -> None:
     Raises:
         OSError: it has less; the message says how much ``task`` needs.
     """
-    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_folder(path)).free
     if free < needed:
         message = f"{task} needs {needed / 1e6:,.1f} MB of disk, {free / 1e6:,.1f} MB are free"
         raise OSError(errno.ENOSPC, message, str(path))
+
+
+def nearest_folder(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def sync_tree(folder: Path) -> None:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 IGNORED = -100
 """Label of a token that the loss leaves out, as in torch and transformers."""
+
+TOKENIZED_TOGETHER = 1000
+"""Texts that a tokenizer gets at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ def encode_examples(
     texts = [example["text"] for example in given if "input_ids" not in example]
     if texts and tokenizer is None:
         raise ValueError("tokenizer must be given to read examples as text, got None")
-    ids = iter(tokenizer(texts)["input_ids"] if texts else [])
+    ids = _tokenized(texts, tokenizer)
     encoded = []
     for i, example in enumerate(given):
         tokens = _tokens(example["input_ids"] if "input_ids" in example else next(ids))
@@ -170,6 +173,12 @@ def length_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) 
             batches.append([i])
             tokens = lengths[i]
     return batches
+
+
+def _tokenized(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of each text, some texts at a time: a tokenizer's results take over a hundred bytes a token."""
+    for start in range(0, len(texts), TOKENIZED_TOGETHER):
+        yield from tokenizer(texts[start : start + TOKENIZED_TOGETHER])["input_ids"]
 
 
 def _tokens(ids: Any) -> np.ndarray:

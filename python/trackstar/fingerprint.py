@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -12,7 +13,18 @@ from trackstar.correction import Correction
 from trackstar.curvature import Curvature
 from trackstar.errors import StoreError
 from trackstar.examples import Encoded
-from trackstar.store import Store
+
+
+class Built(Protocol):
+    """What knows the model that it was built with: a store, or factors."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it was built with, with the values of :func:`of_model` and :func:`of_tokenizer`."""
 
 
 def of_model(model: nn.Module) -> dict[str, object]:
@@ -62,23 +74,23 @@ def of_curvature(curvature: Curvature) -> str:
     return _of_tensors([("train", curvature.train)])
 
 
-def require_same(model: nn.Module, tokenizer: Any, store: Store) -> None:
-    """Require the model and tokenizer that ``store`` was built with.
+def require_same(model: nn.Module, tokenizer: Any, built: Built) -> None:
+    """Require the model and tokenizer that a store, or factors, were built with.
 
     Raises:
         StoreError: one is another.
     """
     for field, value in of_model(model).items():
-        kept = store.identity["model"].get(field)
+        kept = built.identity["model"].get(field)
         if kept != value:
             raise StoreError(
-                f"model must be the one that {store.path} was built with: its {field} is {kept!r}, "
+                f"model must be the one that {built.path} was built with: its {field} is {kept!r}, "
                 f"this model's is {value!r}"
             )
-    vocabulary, kept = of_tokenizer(tokenizer), store.identity["tokenizer"]
+    vocabulary, kept = of_tokenizer(tokenizer), built.identity["tokenizer"]
     if None not in (vocabulary, kept) and vocabulary != kept:
         raise StoreError(
-            f"tokenizer must be the one that {store.path} was built with; this one's vocabulary differs"
+            f"tokenizer must be the one that {built.path} was built with; this one's vocabulary differs"
         )
 
 

@@ -19,6 +19,9 @@ WIDE = ("float32", "float16")
 LINE = 64
 """Bytes of a cache line."""
 
+SHARD_BYTES = 64 << 20
+"""Float32 bytes of a shard's rows: what an interruption can cost."""
+
 OFFSETS = ("tokens", "id", "text", "metadata")
 """Columns of ``offsets``: where an example's tokens begin in ``tokens``, and its strings in ``strings``."""
 
@@ -88,6 +91,11 @@ class Layout:
         if name == "offsets":
             return "int64", (count + 1, len(OFFSETS))
         return {"tokens": "int32", "strings": "uint8"}[name], (None,)
+
+    @property
+    def shard_rows(self) -> int:
+        """Examples per shard, where nothing else is said."""
+        return min(max(SHARD_BYTES // (4 * self.blocks * self.size), 16), 4096)
 
     @property
     def row_bytes(self) -> int:

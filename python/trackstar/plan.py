@@ -1,24 +1,106 @@
-"""What a build will need, said before it starts."""
+"""What a build and a query need, said before they start."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
 
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
+from trackstar.dry_run import MemoryMeter, dry_run
 from trackstar.durable import require_disk
 from trackstar.examples import Encoded
 from trackstar.layout import Layout
 from trackstar.lean import LeanPass
-from trackstar.modules import fan, select_modules
-from trackstar.passes import BATCH_TOKENS, has_loss, rows_of, vocabulary_size
-from trackstar.shard import example_bytes
+from trackstar.modules import fan, group_modules, select_modules
+from trackstar.needs import Corpus, Job, Question
+from trackstar.passes import BATCH_TOKENS, has_loss, position_limit, rows_of
+from trackstar.rates import Rates
+from trackstar.spec import SketchSpec
+
+LEAN_SHARE = 0.8
+"""Part of a lean pass that matrix products take: measured on a CPU (benchmarks/pipeline.py)."""
+
+
+def planned_job(
+    model: Any,
+    spec: SketchSpec,
+    corpus: Corpus,
+    *,
+    dtype: str,
+    wide: str | None,
+    correction: str,
+    rank: int,
+    sample: int,
+    rates: Rates,
+) -> Job:
+    """A build of a model that is known by its shapes alone.
+
+    Args:
+        model: from :func:`trackstar.dry_run.model_of_shapes`.
+        spec: what is captured.
+        corpus: the examples.
+        dtype: of the stored rows.
+        wide: dtype of the wider copy, or None.
+        correction: "none", "rank" or "exact".
+        rank: of the rank correction.
+        sample: examples that R_train is estimated from.
+        rates: of the machine.
+
+    Raises:
+        ValueError: the model cannot be run on shapes, or the spec does not fit it.
+    """
+    modules = select_modules(model, spec.modules)
+    fans = [fan(module) for module in modules.values()]
+    layout = Layout(dtype, wide, max(group_modules(list(modules), spec.blocks).values()) + 1, spec.block_size)
+    limit = position_limit(model) or corpus.longest
+    length = max(min(corpus.longest, limit), 2)
+    count = min(max(BATCH_TOKENS // length, 1), corpus.examples)
+    tokens = np.ones(length, np.int32)
+    cost = dry_run(model, modules, [Encoded("", "", tokens, tokens)] * count)
+    p, r = spec.sketch, rank if correction == "rank" else 1
+    both, entries = sum(i + o for i, o in fans), sum(i * o for i, o in fans)
+    # For every token the two factors of the gradient are projected, or their product is formed and corrected.
+    projecting = 2 * entries + 2 * entries * p / length if correction == "exact" else 2 * r * p * both
+    kept = {"none": 0, "rank": 4 * r * both, "exact": 4 * entries}[correction]
+    flops = cost.flops / (count * length) + projecting
+    rows = 2 * 4 * count * layout.blocks * layout.size
+    return Job(
+        weights=weight_bytes(model),
+        sketches=4 * r * p * both,
+        correction=kept,
+        layout=layout,
+        shard_rows=layout.shard_rows,
+        sample=sample,
+        corpus=corpus,
+        pass_bytes=cost.bytes + rows,
+        seconds_per_token=flops / rates.flops / LEAN_SHARE,
+    )
+
+
+def describe(job: Job, question: Question, rates: Rates) -> list[str]:
+    """Disk, a build's memory and time, and a query's: memory, time from disk, and time from memory."""
+    cold, warm = (job.query_seconds(question, rates, cold=cold) for cold in (True, False))
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if rates.memory is None else None
+    if held is not None and job.store_bytes > held:
+        warm = cold
+    return [
+        amount(job.store_bytes),
+        amount(job.build_memory),
+        duration(job.build_seconds(rates)),
+        amount(job.query_memory(question)),
+        *("unknown" if seconds is None else duration(seconds) for seconds in (cold, warm)),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Needs of a build.
+    """Needs of a build, or of the rest of one.
 
     Attributes:
         path: where.
@@ -27,8 +109,7 @@ class Plan:
         store_bytes: disk that the finished store takes.
         staging_bytes: disk that is needed on top of it until the build ends.
         written_bytes: disk that an earlier run has already filled.
-        memory_bytes: peak memory of the process, roughly: the model, one batch's activations, one shard of
-            rows, R_train.
+        memory_bytes: peak memory, beyond that of an idle process.
         seconds: rough duration, from one timed batch.
     """
 
@@ -45,8 +126,8 @@ class Plan:
         blocks, size = self.row_shape
         return (
             f"{self.rows:,} rows of {blocks} × {size} to write at {self.path}: "
-            f"{_amount(self.store_bytes)} on disk (and {_amount(self.staging_bytes)} until it is done), "
-            f"about {_amount(self.memory_bytes)} of memory at most, about {_duration(self.seconds)}"
+            f"{amount(self.store_bytes)} on disk (and {amount(self.staging_bytes)} until it is done), "
+            f"about {amount(self.memory_bytes)} of memory at most, about {duration(self.seconds)}"
         )
 
     def require_disk(self) -> None:
@@ -61,12 +142,13 @@ def plan_build(
     correction: Correction | None,
     layout: Layout,
     sample: int,
+    shard_rows: int,
     path: Path,
     *,
-    written: int = 0,
-    pending: int | None = None,
+    written: int,
+    pending: int,
 ) -> Plan:
-    """Plan a build, or the rest of one; runs one batch of middling length to see how fast the model is.
+    """Plan a build that is about to start; runs one batch to see how fast the model is and what it takes.
 
     Args:
         lean: passes of the model that is attributed.
@@ -75,68 +157,70 @@ def plan_build(
         correction: the collector's correction.
         layout: of the stored rows.
         sample: examples that R_train is estimated from.
+        shard_rows: examples per shard.
         path: where the store goes.
         written: examples whose rows are already in the store.
-        pending: tokens that the model has yet to run over; None for those of a build that has not begun.
+        pending: tokens that the model has yet to run over.
     """
-    blocks, size = collector.row_shape
-    count = len(examples)
-    staging = 4 * sample * blocks * size
-    curvature = blocks * size * (12 * size + 8) + 8 * blocks
-    corrections = 0 if correction is None else correction.bytes
-    store = count * layout.row_bytes + example_bytes(examples) + curvature + corrections
-    if pending is None:
-        tokens = sum(len(example) for example in examples)
-        pending = tokens + (tokens * sample // count if sample < count else 0)
+    pass_bytes, seconds = _tried(lean, examples, collector)
+    rank = 1 if correction is None or correction.rank is None else correction.rank
+    both = sum(sum(fan(module)) for module in collector.modules.values())
+    job = Job(
+        weights=weight_bytes(lean.model),
+        sketches=4 * rank * round(layout.size**0.5) * both,
+        correction=0 if correction is None else correction.bytes,
+        layout=layout,
+        shard_rows=shard_rows,
+        sample=sample,
+        corpus=Corpus.of(examples),
+        pass_bytes=pass_bytes,
+        seconds_per_token=seconds,
+    )
     return Plan(
         path=path,
-        rows=count - written,
-        row_shape=(blocks, size),
-        store_bytes=store,
-        staging_bytes=staging,
+        rows=len(examples) - written,
+        row_shape=collector.row_shape,
+        store_bytes=job.store_bytes,
+        staging_bytes=job.staging_bytes,
         written_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        memory_bytes=_memory(lean, collector, correction),
-        seconds=pending * _seconds_per_token(lean, examples, collector) if pending else 0.0,
+        memory_bytes=job.build_memory,
+        seconds=pending * seconds,
     )
 
 
-def _memory(lean: LeanPass, collector: GradientCollector, correction: Correction | None) -> int:
-    """Model + correction + a batch's activations and logits + a shard of rows, twice + R_train in its forms."""
-    weights = sum(p.numel() * p.element_size() for p in lean.model.parameters())
-    features = sum(sum(fan(module)) for module in select_modules(lean.model).values())
-    # Activations are kept once, gradients and the attention's own buffers about double them.
-    activations = BATCH_TOKENS * 4 * 2 * features
-    logits = lean.logit_tokens(BATCH_TOKENS) * 4 * vocabulary_size(lean.model)
-    blocks, size = collector.row_shape
-    return (
-        weights
-        + (0 if correction is None else correction.bytes)
-        + activations
-        + logits
-        + 2 * (64 << 20)
-        + 28 * blocks * size * size
-    )
-
-
-def _seconds_per_token(lean: LeanPass, examples: Sequence[Encoded], collector: GradientCollector) -> float:
+def _tried(lean: LeanPass, examples: Sequence[Encoded], collector: GradientCollector) -> tuple[int, float]:
+    """Most memory of a pass beyond the weights, and seconds per token, from a batch of the longer half of examples."""
     counted = sorted((example for example in examples if has_loss(example)), key=len)
     if not counted:
-        return 0.0
-    middle = counted[len(counted) // 2 :]
-    batch = [middle[i] for i in lean.batches([len(example) for example in middle], BATCH_TOKENS)[0]]
-    rows_of(lean, batch[:1], collector)
+        return 0, 0.0
+    longer = counted[len(counted) // 2 :]
+    batch = [longer[i] for i in lean.batches([len(example) for example in longer], BATCH_TOKENS)[0]]
+    tokens = sum(len(example) for example in batch)
     began = time.perf_counter()
-    rows_of(lean, batch, collector)
-    return (time.perf_counter() - began) / sum(len(example) for example in batch)
+    with MemoryMeter() as memory:
+        rows_of(lean, batch, collector)
+    seconds = (time.perf_counter() - began) / tokens
+    largest = min(max(BATCH_TOKENS, len(counted[-1])), sum(len(example) for example in counted))
+    return memory.peak * largest // tokens, seconds
 
 
-def _amount(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def amount(count: float) -> str:
+    """Bytes, in words."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:.3g} PB"
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+def duration(seconds: float) -> str:
+    """Seconds, in words."""
+    for unit, length, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48), ("days", 86400, 700)):
+        if seconds < most * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400 / 365:.3g} years"

@@ -21,8 +21,12 @@ LINE_EVERY = 10.0
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} examples/s" if task.speed else "")
+        return Text(f"{task.speed:.1f} {self._unit}/s" if task.speed else "")
 
 
 def console() -> Console:
@@ -31,13 +35,16 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def track(label: str, total: int, done: int = 0, *, passing: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show how far ``label`` has come; the block calls what it gets with the number of examples just done.
+def track(
+    label: str, total: int, done: int = 0, *, unit: str = "examples", passing: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Show how far ``label`` has come; the block calls what it gets with the number of ``unit`` just done.
 
     Args:
         label: what is being done.
-        total: examples in all.
+        total: units in all.
         done: those that were done before.
+        unit: what is counted.
         passing: show nothing that outlasts it: for what often takes no time.
     """
     screen = console()
@@ -46,7 +53,7 @@ def track(label: str, total: int, done: int = 0, *, passing: bool = False) -> It
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            _Rate(),
+            _Rate(unit),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=screen, transient=passing) as bar:
@@ -64,6 +71,6 @@ def track(label: str, total: int, done: int = 0, *, passing: bool = False) -> It
             spoke = now
             rate = fresh / max(now - began, 1e-9)
             left = (total - done - fresh) / max(rate, 1e-9)
-            screen.print(f"{label}: {done + fresh}/{total} examples, {rate:.1f}/s, {left:.0f} s left")
+            screen.print(f"{label}: {done + fresh}/{total} {unit}, {rate:.1f}/s, {left:.0f} s left")
 
     yield advance

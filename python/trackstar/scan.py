@@ -4,17 +4,19 @@ Queries that do not fit together are taken in batches, each of which scans the s
 them shapes the scores of each batch all the same.
 """
 
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
 
-from trackstar.pieces import read_pieces
+from trackstar.layout import Layout
+from trackstar.pieces import Piece, read_pieces
 from trackstar.progress import track
 from trackstar.selection import Selection
 from trackstar.store import Store
-from trackstar_kernels.scoring import merge_topk, prepare_task
+from trackstar_kernels.scoring import merge_topk, prepare_task, staged
 
 MEMORY = 256_000_000
 """Bytes that a scan takes at most, where nothing else is said."""
@@ -24,6 +26,8 @@ SLACK = 8 << 20
 
 LEAST_ROWS = 64
 """Rows that a piece can always hold: with fewer, a scan would mostly wait."""
+
+CPU = torch.device("cpu")
 
 Found = tuple[torch.Tensor, torch.Tensor]
 """Scores (Q, k) float32 and indices (Q, k) int64, best first."""
@@ -40,7 +44,8 @@ class Scan:
         directions: True for the highest scores, False for the lowest; all are found in the same pass.
         batches: which queries are scored together; each batch is one pass.
         piece_rows: most rows that are scored at a time.
-        bytes: what the scan takes at most beyond the queries.
+        bytes: what the scan takes at most beyond the queries, of the CPU's memory.
+        device: where pieces are scored.
     """
 
     store: Store
@@ -50,6 +55,7 @@ class Scan:
     batches: Sequence[range]
     piece_rows: int
     bytes: int
+    device: torch.device
 
     def run(self, queries: torch.Tensor, mixing: float) -> list[Found]:
         """The k best of the chosen rows for each query, in each direction.
@@ -75,21 +81,39 @@ class Scan:
         self, queries: torch.Tensor, mixing: float, batch: range, advance: Callable[[int], None]
     ) -> list[Found]:
         """What is found for one batch."""
-        task = prepare_task(queries, mixing, asked=batch)
+        task = prepare_task(queries.to(self.device), mixing, asked=batch)
         best = [_Best(self.k, largest) for largest in self.directions]
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
-            for piece in pieces:
-                k = min(self.k, len(piece))
-                arrays = piece.codes, piece.squared_norms, k
+            for rows, codes, scales, squared_norms in _on_device(pieces, self.device):
+                arrays = codes, squared_norms, min(self.k, len(rows))
                 if len(best) == 1:
-                    found = [task.topk(*arrays, scales=piece.scales, largest=best[0].largest)]
+                    found = [task.topk(*arrays, scales=scales, largest=best[0].largest)]
                 else:
-                    highest, lowest = task.extremes(*arrays, scales=piece.scales)
+                    highest, lowest = task.extremes(*arrays, scales=scales)
                     found = [highest if one.largest else lowest for one in best]
                 for one, (scores, positions) in zip(best, found, strict=True):
-                    one.add(scores, piece.rows[positions])
-                advance(len(piece))
+                    one.add(scores.cpu(), rows[positions.cpu()])
+                advance(len(rows))
         return [one.merged() for one in best]
+
+
+def _on_device(
+    pieces: Iterable[Piece], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Each piece's rows, and codes, scales and squared norms on ``device``."""
+    if device.type == "cpu":
+        for piece in pieces:
+            yield piece.rows, piece.codes, piece.scales, piece.squared_norms
+        return
+    rows: collections.deque[torch.Tensor] = collections.deque()
+
+    def tensors() -> Generator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        for piece in pieces:
+            rows.append(piece.rows)
+            yield piece.codes, piece.scales, piece.squared_norms
+
+    for codes, scales, squared_norms in staged(tensors(), device):
+        yield rows.popleft(), codes, scales, squared_norms
 
 
 def plan_scan(
@@ -101,6 +125,7 @@ def plan_scan(
     mixed: bool = True,
     directions: Sequence[bool] = (True,),
     memory: int = MEMORY,
+    device: torch.device = CPU,
 ) -> Scan:
     """A scan with the largest batches of queries and, with what is left, the largest pieces that ``memory`` allows.
 
@@ -112,18 +137,43 @@ def plan_scan(
         mixed: whether λ > 0.
         directions: see :class:`Scan`.
         memory: bytes.
+        device: where pieces are scored: the CPU, or a CUDA device that they are copied to, through pinned memory.
 
     Raises:
         ValueError: a single query and a few rows need more.
     """
+    # The piece that is scored and the one that is read; rows that are copied lie beside what they are copied from;
+    # and on their way to another device pieces pass through two buffers.
+    copies = (2 if len(chosen.starts) == 1 else 3) + (0 if device.type == "cpu" else 2)
+    found = fit_scan(
+        store.layout, queries, k, mixed=mixed, directions=len(directions), copies=copies, memory=memory
+    )
+    return Scan(store, chosen, k, directions, *found, device)
+
+
+def fit_scan(
+    layout: Layout, queries: int, k: int, *, mixed: bool, directions: int, copies: int, memory: int
+) -> tuple[list[range], int, int]:
+    """Batches, rows of a piece, and bytes of a scan: see :class:`Scan` and :func:`plan_scan`.
+
+    Args:
+        layout: of the store.
+        queries: Q.
+        k: rows per query.
+        mixed: whether λ > 0.
+        directions: 2 where highest and lowest scores are found.
+        copies: of a piece's rows that are in memory at a time.
+        memory: bytes.
+    """
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
-    L, d, threads = *store.row_shape, torch.get_num_threads()
+    L, d, threads = layout.blocks, layout.size, torch.get_num_threads()
     # What csrc/scoring.h works with: tiles of 48 rows, and for each thread and query a reservoir of 2k + 64
-    # candidates of 16 bytes. Merging takes 3k candidates of 12 bytes and sorts them three times.
-    reservoir = 16 * (2 * k + 64)
-    per_query = 192 * threads + len(directions) * (threads * reservoir + 220 * k)
-    fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * len(directions)
+    # candidates of 16 bytes, or, of codes, k and 2k + 512 that wait. Merging takes 3k candidates of 12 bytes and
+    # sorts them three times.
+    reservoir = 16 * (3 * k + 512 if layout.narrow else 2 * k + 64)
+    per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
+    fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
     if mixed:
         rank = d if 7 * d < 8 * queries else queries
         fixed += 4 * L * (rank + 32) * d + 192 * rank * threads + 8 * (6 * rank**2 + 2 * queries * d)
@@ -132,9 +182,7 @@ def plan_scan(
     else:
         per_query += 20 * L * d
         per_row = 4 * L
-    # The piece that is scored and the one that is read; rows that are copied lie beside what they are copied from.
-    copies = 2 if len(chosen.starts) == 1 else 3
-    per_row += 32 + copies * store.layout.row_bytes
+    per_row += 32 + copies * layout.row_bytes
     least = fixed + per_query + LEAST_ROWS * per_row
     if memory < least:
         raise ValueError(
@@ -146,7 +194,7 @@ def plan_scan(
     batches = [range(queries * i // count, queries * (i + 1) // count) for i in range(count)]
     taken = fixed + max(len(batch) for batch in batches) * per_query
     rows = (memory - taken) // per_row
-    return Scan(store, chosen, k, directions, batches, rows, taken + rows * per_row)
+    return batches, rows, taken + rows * per_row
 
 
 class _Best:

@@ -73,10 +73,11 @@ def checksum(file: Path) -> tuple[int, str]:
     """Size and XXH3-128 of a file, streamed."""
     digest = xxhash.xxh3_128()
     size = 0
+    buffer = memoryview(bytearray(1 << 18))  # stays in cache between reading and hashing
     with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
     return size, digest.hexdigest()
 
 
@@ -184,7 +185,10 @@ class SealedFolder:
             bytes_wanted *= length
         if size != bytes_wanted or size == 0:
             raise self.error(f"{self.name}/{name}/data.ninja has {size} bytes instead of {bytes_wanted}")
-        return np_ninja.open_existing(folder, mode=mode)
+        try:
+            return np_ninja.open_existing(folder, mode=mode)
+        except ValueError as error:  # It has become shorter since.
+            raise self.error(f"{self.name}/{name} cannot be mapped: {error}") from None
 
     def _damage_of(self, name: str, record: tuple[int, str]) -> list[str]:
         """How one file differs from its record: nothing, or one line."""

@@ -13,15 +13,18 @@ from trackstar.correction import Correction, fit_rank
 from trackstar.examples import check_vocabulary, encode_examples
 from trackstar.lean import LeanPass
 from trackstar.modules import is_conv1d, select_modules
+from trackstar.optimizer_files import check_state, open_state
+from trackstar.optimizer_layouts import Moment, read_moment
+from trackstar.optimizer_parameters import find_parameters
 from trackstar.passes import BATCH_TOKENS, check_model, has_loss, position_limit, vocabulary_size
-from trackstar.progress import track
+from trackstar.progress import console, track
 from trackstar.tap import GradientTap
-
-Moment = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-"""Of one module: full (O, I), or Adafactor's row and column means (O,), (I,), with V_ij = row_i col_j / mean(row)."""
 
 ESTIMATE_DAMPING = 0.01
 """ε of an estimated V, relative to the root mean V of the module: a sample leaves some entries near zero."""
+
+ADAM_EPS = 1e-8
+"""ε of Adam where a state does not say: the default of torch and bitsandbytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +32,8 @@ class SecondMoments:
     """V of every attributed module.
 
     Attributes:
-        source: "optimizer:adam", "optimizer:adafactor" or "estimate:<number of examples>".
-        moments: {module: V}, nonnegative float32.
+        source: "optimizer:adam", "optimizer:adam8bit", "optimizer:adafactor" or "estimate:<number of examples>".
+        moments: {module: V}, nonnegative float32: full (O, I), or Adafactor's row and column means (O,), (I,).
         eps: ε of 1/(√V + ε) per module: the optimizer's own, or relative to V where it is an estimate.
     """
 
@@ -45,42 +48,51 @@ class SecondMoments:
         *,
         modules: Sequence[str] | None = None,
     ) -> "SecondMoments":
-        """V of a saved optimizer: torch Adam and AdamW, torch and transformers Adafactor.
+        """V of a saved optimizer: Adam or AdamW (torch, bitsandbytes in 8 bits), Adafactor (torch, transformers).
 
         Adam's V is corrected for its bias, exp_avg_sq / (1 − β₂^step).
 
         Args:
-            state: the optimizer's ``state_dict()``, a file that ``torch.save`` made of it ("optimizer.pt"), or a
-                folder that holds one, such as a Trainer checkpoint.
-            model: the model that was trained; its parameters in the optimizer's order, or, where the optimizer
-                has two groups, the matrices first and vectors second (what a Trainer's weight decay makes of them).
+            state: the optimizer's ``state_dict()``; or a file or folder that holds one, opened as
+                ``optimizer_files.open_state`` says: what ``torch.save`` made (also of FSDP's full state), a
+                safetensors file or index of shards with tensors "<parameter>.exp_avg_sq", a folder of
+                ``torch.distributed.checkpoint``, or a checkpoint of transformers' Trainer or accelerate. Only the
+                second moments of the wanted modules are read from it.
+            model: the model that was trained. A state without names is matched by order: the model's own, or,
+                where the optimizer has two groups, what is decayed first (matrices) and the rest second.
             modules: shell patterns of the modules wanted; None as in ``SketchSpec``.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the state is of another model, or has no second moments for a module.
+            FileNotFoundError: there is no such file, or none in the folder.
+            ValueError: the file is damaged or no optimizer state, the state is of another model, or its second
+                moments of a module are missing, of an unknown kind, or not finite and nonnegative.
         """
-        if isinstance(state, str | os.PathLike):
-            state = _load_state(Path(state))
-        if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
-            raise ValueError('state must be an optimizer\'s state_dict with "state" and "param_groups"')
-        named = {id(p): name for name, p in model.named_parameters()}
-        places = _parameter_places(state, model)
+        state = open_state(Path(state)) if isinstance(state, str | os.PathLike) else check_state(state)
+        chosen = select_modules(model, modules)
+        parameters = dict(model.named_parameters())
+        named = {id(parameter): name for name, parameter in parameters.items()}
+        weights = {name: named[id(module.weight)] for name, module in chosen.items()}
+        places = find_parameters(state, model, list(weights.values()))
         moments: dict[str, Moment] = {}
         eps: dict[str, float] = {}
-        kinds = set()
-        for name, module in select_modules(model, modules).items():
-            parameter = named[id(module.weight)]
-            if parameter not in places:
-                raise ValueError(
-                    f"state must cover every captured module; it has no parameter for {parameter!r}"
-                )
-            index, group = places[parameter]
-            kind, moment = _read_moment(parameter, state["state"].get(index, {}), group)
-            if is_conv1d(module):
+        kinds, unsaid = set(), set()
+        for name, weight in weights.items():
+            key, group = places[weight]
+            kept = read_moment(weight, tuple(parameters[weight].shape), state["state"].get(key, {}), group)
+            moment = kept.unbiased()
+            if is_conv1d(chosen[name]):
                 moment = (moment[1], moment[0]) if isinstance(moment, tuple) else moment.T.contiguous()
-            kinds.add(kind)
-            moments[name], eps[name] = moment, _read_eps(kind, group)
+            moments[name], eps[name] = moment, ADAM_EPS if kept.eps is None else kept.eps
+            kinds.add(kept.kind)
+            unsaid.update(kept.unsaid())
+        if "adam8bit" in kinds:
+            kinds.discard("adam")  # the small parameters, which an 8-bit Adam keeps in 32 bits
+        if unsaid:
+            console().print(
+                f"the optimizer state does not say {' and '.join(sorted(unsaid))}: bias correction needs step and "
+                f"betas and is left out without them, eps is taken to be {ADAM_EPS}",
+                soft_wrap=True,
+            )
         return SecondMoments("optimizer:" + "+".join(sorted(kinds)), moments, eps)
 
     @staticmethod
@@ -172,83 +184,3 @@ class SecondMoments:
 
 def _shape(moment: Moment) -> tuple[int, ...]:
     return (len(moment[0]), len(moment[1])) if isinstance(moment, tuple) else tuple(moment.shape)
-
-
-def _load_state(path: Path) -> Any:
-    file = path / "optimizer.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"optimizer state must be a file or a folder with optimizer.pt, found none at {file}"
-        )
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _parameter_places(
-    state: Mapping[str, Any], model: nn.Module
-) -> dict[str, tuple[object, Mapping[str, Any]]]:
-    """{parameter name: (its key in the state, its group)}.
-
-    Raises:
-        ValueError: neither of the known orders fits the shapes in the state.
-    """
-    groups = state["param_groups"]
-    keys = [(key, group) for group in groups for key in group["params"]]
-    if all("param_names" in group for group in groups):
-        names = [name for group in groups for name in group["param_names"]]
-        return dict(zip(names, keys, strict=True))
-    parameters = list(model.named_parameters())
-    matrices_first = sorted(parameters, key=lambda item: item[1].dim() < 2)
-    trained = [item for item in parameters if item[1].requires_grad]
-    complaint = ""
-    for order in (matrices_first, parameters) if len(groups) == 2 else (parameters, trained):
-        misfit = next(
-            (m for item, key in zip(order, keys, strict=False) if (m := _misfit(*item, *key, state))), ""
-        )
-        if len(order) == len(keys) and not misfit:
-            return {name: key for (name, _), key in zip(order, keys, strict=True)}
-        complaint = complaint or misfit or f"it has {len(keys)} parameters, the model {len(order)}"
-    raise ValueError(f"state must be of this model's optimizer: {complaint}")
-
-
-def _misfit(
-    name: str, parameter: torch.Tensor, key: object, group: Mapping[str, Any], state: Mapping[str, Any]
-) -> str:
-    """What shows that this state is not this parameter's, or ""."""
-    entry = state["state"].get(key, {})
-    for field in ("exp_avg_sq", "exp_avg"):
-        moment = entry.get(field)
-        if isinstance(moment, torch.Tensor) and moment.shape != parameter.shape:
-            return (
-                f"{field} of {name!r} has shape {tuple(moment.shape)}, the parameter {tuple(parameter.shape)}"
-            )
-    factors = _factors(entry)
-    if factors is not None and tuple(map(len, factors)) != tuple(parameter.shape):
-        return f"the factors of {name!r} have shapes {tuple(map(len, factors))}, the parameter {tuple(parameter.shape)}"
-    return ""
-
-
-def _factors(entry: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Adafactor's row and column means: transformers' exp_avg_sq_row/col or torch's row_var/col_var."""
-    for row, col in (("exp_avg_sq_row", "exp_avg_sq_col"), ("row_var", "col_var")):
-        if entry.get(row) is not None and entry.get(col) is not None:
-            return entry[row].float().flatten(), entry[col].float().flatten()
-    return None
-
-
-def _read_moment(parameter: str, entry: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[str, Moment]:
-    factors = _factors(entry)
-    if factors is not None:
-        return "adafactor", factors
-    if entry.get("exp_avg_sq") is None:
-        raise ValueError(f"state must hold second moments of every captured module; {parameter!r} has none")
-    v = entry["exp_avg_sq"].float()
-    if "betas" in group and "step" in entry:
-        v = v / (1 - group["betas"][1] ** float(entry["step"]))
-    return "adam", v
-
-
-def _read_eps(kind: str, group: Mapping[str, Any]) -> float:
-    if kind == "adam":
-        return float(group["eps"])
-    # Adafactor's eps regularizes the squared gradient before it is averaged, so V already contains it.
-    return 0.0

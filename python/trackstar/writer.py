@@ -53,7 +53,7 @@ def writing(path: Path) -> Iterator[Writer]:
     """
     if Manifest.read(path) is None:
         raise FileNotFoundError(f"there is no store at {path} (no manifest.json)")
-    with _locked(path):
+    with locked(path):
         manifest = Manifest.read(path)
         if manifest is None:
             raise FileNotFoundError(f"there is no store at {path} (no manifest.json)")
@@ -83,7 +83,7 @@ def making(path: Path, begun: Manifest, *, resume: bool = True) -> Iterator[Writ
             f"path must be an empty folder or hold a store; {path} holds {min(names - LEFTOVERS)!r} "
             "and no manifest.json"
         )
-    with _locked(path):
+    with locked(path):
         manifest = Manifest.read(path)
         if manifest is None:
             begun.write(path)
@@ -119,12 +119,21 @@ def _described(manifest: Manifest, begun: Manifest) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path, kind: str = "store") -> Iterator[None]:
+    """Hold the lock of a folder that is written to, which the system lets go of however this process ends.
+
+    Args:
+        path: the folder.
+        kind: what it holds.
+
+    Raises:
+        StoreError: another process holds it.
+    """
     lock = filelock.FileLock(path / "lock", timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise StoreError(f"another process is writing to the store at {path}") from None
+        raise StoreError(f"another process is writing to the {kind} at {path}") from None
     try:
         yield
     finally:

@@ -8,10 +8,11 @@ from trackstar_kernels._checks import check_count, check_dtype, check_same_devic
 from trackstar_kernels._codes import DTYPES, NARROW, code_size
 from trackstar_kernels._dispatch import implementation, register
 from trackstar_kernels.scoring._merge import merge_topk
+from trackstar_kernels.scoring._staging import staged
 
-__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk"]
+__all__ = ["Task", "merge_topk", "mixed_topk", "prepare_task", "score_topk", "staged"]
 
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 register("score_topk", BACKENDS)
 register("mixed_topk", BACKENDS)
 
@@ -50,7 +51,7 @@ def score_topk(
             shape (Q, L, d). What codes stand for is their scales times the codes.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, best first, and indices (Q, k) int64. Equal scores are ordered by index. NaN
@@ -131,7 +132,7 @@ def mixed_topk(
         scales: multipliers of the rows, (N,) or (N, L) float32, as in :func:`score_topk`.
         largest: False returns the k smallest scores instead.
         start: index of the first row, added to all indices.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Returns:
         scores (Q, k) float32, within 1e-5 of the exact ones, and indices (Q, k) int64, ordered as in
@@ -193,7 +194,7 @@ def prepare_task(
         mixing: λ, 0 ≤ λ < 1.
         asked: positions of the queries that are scored, consecutive; None for all. The others shape R_task alike, so
             that batches of a task's queries have the scores that they have together.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

@@ -1,0 +1,79 @@
+"""What narrow rows keep of the answers: ``python -m benchmarks.narrow STORE --model DIR --queries FILE.jsonl``.
+
+STORE has float32 rows, such as a build with ``--dtype float32``. They are encoded in every dtype, as
+``trackstar reencode`` does, and asked the same questions with the task-mixed Hessian: how many of the ten best stay,
+and how many of the float32 rows' ten are among the fifty best, where rescoring would find them. Nothing is timed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import trackstar
+import transformers
+from trackstar.attribution import query_rows
+from trackstar.curvature import choose_mixing
+from trackstar.examples import encode_queries
+from trackstar.layout import Layout
+
+from benchmarks.machine import save
+from trackstar_kernels import encode_rows, mixed_topk
+from trackstar_kernels.encode import DTYPES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--queries", type=Path, required=True, help='JSONL of {"prompt": …, "target": …}')
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    store = trackstar.open_store(arguments.store)
+    if store.dtype != "float32":
+        raise SystemExit(f"STORE must have float32 rows, got {store.dtype}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    asked = [json.loads(line) for line in arguments.queries.read_text().splitlines()]
+    raw = query_rows(store, model, encode_queries(asked, tokenizer), tokenizer=tokenizer)
+    mixing = choose_mixing(raw, store.curvature.eigenvalues)
+    rows, norms = store.rows(0, len(store)), store.squared_norms
+    results = []
+    print(f"{len(store)} rows of {store.row_shape}, {len(asked)} queries, λ = {mixing:.3f}")
+    print(
+        f"{'rows':<8} {'bytes a row':>11} {'top 10 kept':>11} {'within top 50':>13} {'error of a score':>16}"
+    )
+    truth: tuple[torch.Tensor, torch.Tensor] | None = None
+    for dtype in DTYPES:
+        layout = Layout(dtype, None, *store.row_shape)
+        curvature = store.curvature.with_rotation(layout.narrow)
+        turn = curvature.whitening_from(store.curvature)
+        codes, scales, _ = encode_rows(rows, turn if layout.narrow else None, dtype)
+        queries, _, _ = encode_rows(raw, curvature.whitener, "float32")
+        scores, indices = mixed_topk(queries, codes, norms, len(store), mixing, scales=scales)
+        by_row = scores.gather(1, indices.argsort(1))
+        truth = truth or (by_row, indices)
+        kept = overlap(truth[1][:, :10], indices[:, :10])
+        within = overlap(truth[1][:, :10], indices[:, :50])
+        error = (by_row - truth[0]).square().mean().sqrt().item()
+        print(f"{dtype:<8} {layout.row_bytes:>11,} {kept:>11.3f} {within:>13.3f} {error:>16.2e}")
+        results.append(
+            {
+                "dtype": dtype,
+                "bytes": layout.row_bytes,
+                "top 10": kept,
+                "within top 50": within,
+                "error": error,
+            }
+        )
+    print(f"written: {save('narrow', results)}")
+
+
+def overlap(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Share of the wanted indices (Q, k) that are among those found."""
+    return (wanted[:, :, None] == found[:, None, :]).any(2).double().mean().item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+#include "cpu/coded.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu/aligned.h"
+#include "cpu/contest.h"
+#include "cpu/exact_scores.h"
+#include "cpu/isa.h"
+#include "cpu/rounded_queries.h"
+#include "cpu/scan.h"
+#include "scoring.h"
+
+namespace trackstar {
+
+const CodedKernels& coded_kernels() {
+  switch (isa()) {
+#ifdef TRACKSTAR_HAS_v4_vnni
+    case Isa::v4_bf16:
+    case Isa::v4_vnni:
+      return v4_vnni::coded_kernels;
+#endif
+#ifdef TRACKSTAR_HAS_v4
+    case Isa::v4:
+      return v4::coded_kernels;
+#endif
+#ifdef TRACKSTAR_HAS_v3_vnni
+    case Isa::v3_vnni:
+      return v3_vnni::coded_kernels;
+#endif
+#ifdef TRACKSTAR_HAS_v3
+    case Isa::v3:
+      return v3::coded_kernels;
+#endif
+    default:
+      return baseline::coded_kernels;
+  }
+}
+
+const CodeKernels& code_kernels(RowType type) {
+  const CodedKernels& kernels = coded_kernels();
+  return type == RowType::int8 ? kernels.int8 : type == RowType::int4 ? kernels.int4 : kernels.sign;
+}
+
+double decoded_square(const Rows& rows, size_t n) {
+  const CodeKernels& kernels = code_kernels(rows.type);
+  const size_t block = block_bytes(rows.type, rows.d);
+  const uint8_t* row = row_at(rows, n);
+  if (rows.scales) return kernels.square(row, block, rows.scales + n * rows.L, rows.L, rows.d);
+  const float one = 1;
+  double total = 0;
+  for (size_t b = 0; b < rows.L; ++b) total += kernels.square(row + b * block, block, &one, 1, rows.d);
+  return total;
+}
+
+namespace {
+
+constexpr size_t kTileBytes = 256 << 10;  // of expanded rows, which stay in the second-level cache
+constexpr size_t kTileRows = 48;
+
+// Rows that are looked for by their codes, and rows of which the answer is.
+struct Sought {
+  const float* queries;
+  Rows codes;
+  Rows exact;
+  const float* squared_norms;  // of the exact rows, (N, L); null if those are the codes
+
+  float sign() const { return codes.type == RowType::sign ? -1.0f : 1.0f; }  // of the codes' bytes
+};
+
+// Scores all rows roughly, from their codes and rounded queries, and exactly those that a bound does not rule out.
+class CodedSearch : public Search {
+ public:
+  CodedSearch(const Sought& sought, const RoundedQueries& rounded, const std::vector<TopK>& tops)
+      : sought_(sought),
+        rows_(sought.codes),
+        rounded_(rounded),
+        kernels_(coded_kernels()),
+        code_(code_kernels(rows_.type)),
+        block_bytes_(block_bytes(rows_.type, rows_.d)),
+        tile_rows_(rows_of_tile(rounded)),
+        scores_((tile_rows_ + kMaxFewRows) * rounded.width),
+        upper_(rounded.width),
+        which_(rounded.width),
+        squares_(tile_rows_),
+        ones_(rows_.scales ? 0 : rows_.L, 1.0f) {
+    if (!rounded.panels.empty()) {
+      bytes_.resize(tile_rows_ * rows_.L * rounded.padded);
+      scales_.resize(rows_.L * tile_rows_);
+    }
+    for (const TopK& top : tops) {
+      Side side{ExactScores(sought.queries, sought.exact, top.largest ? 1.0f : -1.0f), top.largest, {}, {}};
+      side.thresholds.resize(top.Q, std::numeric_limits<float>::quiet_NaN());
+      side.contests.reserve(top.Q);
+      for (size_t q = 0; q < top.Q; ++q) side.contests.emplace_back(top.k, rows_.N);
+      sides_.push_back(std::move(side));
+    }
+  }
+
+  void run(size_t begin, size_t end) override {
+    for (size_t row = begin; row < end; row += tile_rows_) {
+      const size_t count = std::min(tile_rows_, end - row);
+      if (rounded_.panels.empty()) {
+        score_few(row, count);
+      } else {
+        score_panels(row, count);
+      }
+      for (size_t r = 0; r < count; ++r) {
+        for (Side& side : sides_) enter(side, row + r, r);
+      }
+    }
+  }
+
+  void finish() override {
+    for (Side& side : sides_) {
+      for (size_t q = 0; q < side.contests.size(); ++q) settle(side, q);
+    }
+  }
+
+  size_t tile_rows() const override { return tile_rows_; }
+  const std::vector<Candidate>& candidates(size_t top, size_t query) const override {
+    return sides_[top].contests[query].best();
+  }
+  int64_t rescored(size_t top, size_t query) const override { return sides_[top].contests[query].scored(); }
+
+ private:
+  // One of the results: the largest scores, or the smallest, which are the largest once negated.
+  struct Side {
+    ExactScores exact;
+    bool largest;
+    std::vector<Contest> contests;
+    std::vector<float> thresholds;
+  };
+
+  static size_t rows_of_tile(const RoundedQueries& rounded) {
+    if (rounded.panels.empty()) return kTileRows;
+    const size_t step = rounded.panels.front().kernel->rows;
+    const size_t fit = kTileBytes / (rounded.L * rounded.padded) / step * step;
+    return std::min(std::max(fit, step), kTileRows);
+  }
+
+  const float* scales(size_t n) const { return rows_.scales ? rows_.scales + n * rows_.L : ones_.data(); }
+
+  void score_few(size_t row, size_t count) {
+    const uint8_t* rows[kMaxFewRows];
+    const float* row_scales[kMaxFewRows];
+    for (const RoundedQueries::Few& group : rounded_.few) {
+      const FewKernel& kernel = code_.few[group.count - 1];
+      const FewQueries queries{rows_.L, rows_.d, group.codes.data(), group.starts.data(),
+                               group.scales.data()};
+      for (size_t first = 0; first < count; first += kernel.rows) {
+        for (int r = 0; r < kernel.rows; ++r) {
+          const size_t n = row + std::min(first + r, count - 1);
+          rows[r] = row_at(rows_, n);
+          row_scales[r] = scales(n);
+        }
+        kernel.run(rows, row_scales, block_bytes_, queries,
+                   scores_.data() + first * rounded_.width + group.first, rounded_.width);
+      }
+    }
+  }
+
+  void score_panels(size_t row, size_t count) {
+    const size_t stride = rows_.L * rounded_.padded;
+    for (size_t r = 0; r < count; ++r) {
+      const float* scale = scales(row + r);
+      squares_[r] = code_.expand(row_at(rows_, row + r), block_bytes_, scale, rows_.L, rows_.d,
+                                 bytes_.data() + r * stride);
+      for (size_t b = 0; b < rows_.L; ++b) scales_[b * tile_rows_ + r] = scale[b];
+    }
+    // Meanwhile the next tile is fetched, a few lines for every call of the kernel.
+    const size_t calls =
+        rows_.L * rounded_.chunks * rounded_.panels.size() *
+        ((count + rounded_.panels.front().kernel->rows - 1) / rounded_.panels.front().kernel->rows);
+    const uint8_t* next = row_at(rows_, row + count);
+    const size_t lines =
+        (static_cast<size_t>(row_at(rows_, row + 2 * count) - next) / 64 + calls - 1) / calls;
+    std::fill(scores_.begin(), scores_.end(), 0.0f);
+    for (size_t b = 0; b < rows_.L; ++b) {
+      for (size_t chunk = 0; chunk < rounded_.chunks; ++chunk) {
+        const size_t from = chunk * RoundedQueries::kChunk;
+        const size_t depth = std::min(RoundedQueries::kChunk, rounded_.padded - from);
+        for (const RoundedQueries::Panel& panel : rounded_.panels) {
+          const CodedPanelKernel& kernel = *panel.kernel;
+          const size_t width = kernel.queries;
+          for (size_t r = 0; r < count; r += kernel.rows) {
+            for (size_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+            kernel.run(bytes_.data() + r * stride + b * rounded_.padded + from, stride,
+                       panel.codes.data() + (b * rounded_.padded + from) * width, depth,
+                       panel.starts.data() + (b * rounded_.chunks + chunk) * width,
+                       scales_.data() + b * tile_rows_ + r, panel.scales.data() + b * width,
+                       scores_.data() + r * rounded_.width + panel.first, rounded_.width);
+          }
+        }
+      }
+    }
+  }
+
+  // Enters row n, at place r of the tile, for the queries whose best it may be among.
+  void enter(Side& side, size_t n, size_t r) {
+    const float* scores = scores_.data() + r * rounded_.width;
+    if (rounded_.panels.empty()) {
+      // Most rows are seen to fail already by what their square is at most.
+      if (!sought_.squared_norms && reaching(side, scores, most_norm(n), 0.0f) == 0) return;
+      squares_[r] = code_.square(row_at(rows_, n), block_bytes_, scales(n), rows_.L, rows_.d);
+    }
+    const float rest = sought_.squared_norms ? rest_of(n, squares_[r]) : 0.0f;
+    const size_t count = reaching(side, scores, norm_of(n, squares_[r]), rest);
+    for (size_t i = 0; i < count; ++i) {
+      const size_t q = which_[i];
+      side.contests[q].enter(upper_[q], static_cast<int64_t>(n));
+      if (side.contests[q].full()) settle(side, q);
+    }
+  }
+
+  size_t reaching(const Side& side, const float* scores, float norm, float rest) {
+    return kernels_.reaching(scores, side.largest ? 1.0f : -1.0f, side.contests.size(), norm,
+                             rounded_.wide.data(), rest, rounded_.far.data(), side.thresholds.data(),
+                             upper_.data(), which_.data());
+  }
+
+  // What the norm of a decoded row is at most, by its scales alone.
+  float most_norm(size_t n) const {
+    const float most = rows_.type == RowType::int8 ? 128.0f : rows_.type == RowType::int4 ? 8.0f : 1.0f;
+    float largest, square;
+    kernels_.sizes(scales(n), rows_.L, &largest, &square);
+    return bounded(largest) ? 1.01f * most * std::sqrt(square * static_cast<float>(rows_.d)) : kUnbounded;
+  }
+
+  // A decoded row's norm from its square, rounded up.
+  float norm_of(size_t n, double square) const {
+    float largest, unused;
+    kernels_.sizes(scales(n), rows_.L, &largest, &unused);
+    // 1.01 is for codes of -128, which count as -127 · 128.
+    return bounded(largest) ? 1.01f * static_cast<float>(std::sqrt(square)) : kUnbounded;
+  }
+
+  // Whether bounds hold for a row whose scales are of at most this size.
+  static bool bounded(float largest) { return largest == 0 || (largest >= kSmallest && largest <= kLargest); }
+
+  // The distance between a decoded row and the one that is scored exactly, rounded up.
+  float rest_of(size_t n, double square) const {
+    const float* norms = sought_.squared_norms + n * rows_.L;
+    double whole = 0;
+    for (size_t b = 0; b < rows_.L; ++b) whole += norms[b];
+    // What encode_rows kept is a projection, but for roundings; float16 rows were rounded themselves.
+    const double lost = std::max(0.0, whole - square) + 0x1p-20 * whole, norm = std::sqrt(whole);
+    const double places = static_cast<double>(rows_.L * rows_.d);
+    const double rounding = sought_.exact.type == RowType::float16
+                                ? 0x1p-11 * norm + 0x1p-25 * std::sqrt(places)
+                                : 0x1p-23 * norm;
+    return static_cast<float>(1.0001 * (std::sqrt(lost) + rounding));
+  }
+
+  void settle(Side& side, size_t q) {
+    side.contests[q].settle([&](const int64_t* positions, size_t count, float* scores) {
+      side.exact.score(q, positions, count, scores);
+    });
+    side.thresholds[q] = side.contests[q].threshold();
+  }
+
+  static constexpr float kUnbounded = std::numeric_limits<float>::quiet_NaN();
+
+  const Sought& sought_;
+  const Rows& rows_;
+  const RoundedQueries& rounded_;
+  const CodedKernels& kernels_;
+  const CodeKernels& code_;
+  const size_t block_bytes_, tile_rows_;
+  Aligned<float> scores_;  // (row of the tile, width)
+  std::vector<float> upper_;
+  std::vector<uint32_t> which_;
+  std::vector<double> squares_;  // of the tile's decoded rows
+  std::vector<float> ones_;
+  Aligned<uint8_t> bytes_;     // (row of the tile, L, padded)
+  std::vector<float> scales_;  // (L, row of the tile)
+  std::vector<Side> sides_;
+};
+
+void search_topk(const Sought& sought, const std::vector<TopK>& tops, int64_t* rescored, int threads) {
+  const Rows& rows = sought.codes;
+  const size_t Q = tops.front().Q;
+  const RoundedQueries rounded(sought.queries, Q, rows.L, rows.d, sought.sign(), code_kernels(rows.type),
+                               coded_kernels(), ExactScores::roundings(sought.exact));
+  const auto searches =
+      make_scans(rows.N, threads, [&] { return std::make_unique<CodedSearch>(sought, rounded, tops); });
+  run_scans(searches, rows.N, tops);
+  for (size_t i = 0; rescored && i < tops.size() * Q; ++i) {
+    rescored[i] = 0;
+    for (const auto& search : searches) rescored[i] += search->rescored(i / Q, i % Q);
+  }
+}
+
+}  // namespace
+
+void coded_topk(const float* queries, const Rows& codes, const std::vector<TopK>& tops, int threads) {
+  search_topk({queries, codes, codes, nullptr}, tops, nullptr, threads);
+}
+
+void rescored_topk(const float* queries, const Rows& codes, const Rows& wider, const float* squared_norms,
+                   const std::vector<TopK>& tops, int64_t* rescored, int threads) {
+  search_topk({queries, codes, wider, squared_norms}, tops, rescored, threads);
+}
+
+}  // namespace trackstar

@@ -1,0 +1,408 @@
+#include "cpu/coded_kernel.h"
+
+#include "cpu/integer_simd.h"
+#include "cpu/lane_sums.h"
+
+namespace trackstar {
+namespace TRACKSTAR_ISA {
+namespace {
+
+inline void copy(const uint8_t* from, size_t n, uint8_t* to) {
+  for (size_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+// How each dtype's codes become bytes, `vectors` vectors a step, and floats, a vector from element i on.
+
+struct Int8Codes {
+  static constexpr int bias = 128, vectors = 1;
+  static constexpr size_t bytes(size_t d) { return d; }
+  static void load(const uint8_t* codes, Bytes* out) { out[0] = load_bytes(codes) ^ splat_byte(0x80); }
+  static Vec load_floats(const uint8_t* codes, size_t i) {
+    return to_floats((Quarter)(*reinterpret_cast<const UnalignedQuarter*>(codes + i)));
+  }
+};
+
+struct Int4Codes {
+  static constexpr int bias = 8, vectors = 2;
+  static constexpr size_t bytes(size_t d) { return (d + 1) / 2; }
+  static void load(const uint8_t* codes, Bytes* out) {
+    typedef uint16_t Pairs __attribute__((vector_size(kBytes)));
+    const Bytes both = load_bytes(codes) ^ splat_byte(0x88), low = splat_byte(15);
+    out[0] = both & low;
+    out[1] = (Bytes)((Pairs)both >> 4) & low;
+  }
+  static Vec load_floats(const uint8_t* codes, size_t i) {
+    // A byte becomes the two bytes of a 16-bit number.
+    typedef uint8_t Half __attribute__((vector_size(kLanes / 2), aligned(1), may_alias));
+    typedef uint16_t Pairs __attribute__((vector_size(kLanes)));
+    const Pairs both = __builtin_convertvector(*reinterpret_cast<const Half*>(codes + i / 2), Pairs);
+    const Quarter nibbles = (Quarter)((both | both << 4) & 0x0F0F);
+    return to_floats((nibbles ^ 8) - 8);
+  }
+};
+
+struct SignCodes {
+  static constexpr int bias = 1, vectors = 1;
+  static constexpr size_t bytes(size_t d) { return (d + 7) / 8; }
+  static void load(const uint8_t* codes, Bytes* out) { out[0] = twice_bits(codes); }
+  static Vec load_floats(const uint8_t* codes, size_t i) {
+    Sums place;
+    for (ptrdiff_t lane = 0; lane < kLanes; ++lane) place[lane] = static_cast<int32_t>(i % 8 + lane);
+    const int32_t bits = kLanes == 16 ? codes[i / 8] | codes[i / 8 + 1] << 8 : codes[i / 8];
+    return to_floats(1 - 2 * (bits >> place & 1));
+  }
+};
+
+template <typename Codes>
+constexpr size_t kElements = Codes::vectors * kBytes;  // of a step
+template <typename Codes>
+constexpr size_t kStep = Codes::bytes(kElements<Codes>);  // bytes of a row that it reads
+
+// Calls use(codes, i) for every step of elements from … end - 1; behind the last codes of a block are zeros.
+template <typename Codes, typename Use>
+inline void for_steps(const uint8_t* codes, size_t from, size_t end, Use use) {
+  constexpr size_t kEvery = kElements<Codes>;
+  size_t i = from;
+  for (; i + kEvery <= end; i += kEvery) use(codes + Codes::bytes(i), i);
+  if (i < end) {
+    uint8_t tail[kStep<Codes>] = {};
+    copy(codes + Codes::bytes(i), Codes::bytes(end - i), tail);
+    use(tail, i);
+  }
+}
+
+// ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
+
+// One row after another is what memory is best at; with more queries two rows share them.
+constexpr int few_rows(int queries) { return queries > 2 ? 2 : 1; }
+
+template <typename Codes, int kQueries>
+inline void add_products(const uint8_t* const* rows, const int8_t* queries, size_t query_stride,
+                         Sums sum[][kQueries]) {
+  constexpr int kRows = few_rows(kQueries);
+  Bytes bytes[kRows][Codes::vectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) Codes::load(rows[r], bytes[r]);
+#pragma GCC unroll 2
+  for (int v = 0; v < Codes::vectors; ++v) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      const Bytes query = load_bytes(queries + q * query_stride + v * kBytes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r][q] = dot4(sum[r][q], bytes[r][v], query);
+    }
+  }
+}
+
+template <typename Codes, int kQueries>
+__attribute__((noinline)) void few(const uint8_t* const* rows, const float* const* scales, size_t block_bytes,
+                                   const FewQueries& queries, float* scores, size_t score_stride) {
+  constexpr int kRows = few_rows(kQueries);
+  constexpr size_t kEvery = kElements<Codes>;
+  const size_t d = queries.d, padded = (d + kEvery - 1) / kEvery * kEvery;
+  const int8_t* codes = queries.codes;
+  const int32_t* starts = queries.starts;
+  const float* query_scales = queries.scales;
+  const size_t ahead = 2 * kRows * queries.L * block_bytes;
+  const uint8_t* row[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+  Vec total[kRows][kQueries] = {};
+  for (size_t b = 0; b < queries.L; ++b) {
+    for (size_t piece = 0; piece < d; piece += kMaxPiece) {
+      const size_t end = d < piece + kMaxPiece ? d : piece + kMaxPiece;
+      Sums sum[kRows][kQueries];
+#pragma GCC unroll 4
+      for (int q = 0; q < kQueries; ++q) {
+        const Sums start = load_sums(starts + q * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sum[r][q] = start;
+      }
+      starts += kQueries * kLanes;
+      size_t i = piece;
+      const uint8_t* at[kRows];
+      for (; i + kEvery <= end; i += kEvery) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          at[r] = row[r] + Codes::bytes(i);
+          __builtin_prefetch(at[r] + ahead);
+        }
+        add_products<Codes, kQueries>(at, codes + i, padded, sum);
+      }
+      if (i < end) {
+        // The last codes; what is behind them is zero.
+        uint8_t tail[kRows][kStep<Codes>] = {};
+        for (int r = 0; r < kRows; ++r) {
+          copy(row[r] + Codes::bytes(i), Codes::bytes(end - i), tail[r]);
+          at[r] = tail[r];
+        }
+        add_products<Codes, kQueries>(at, codes + i, padded, sum);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Vec scale = splat(scales[r][b]);
+#pragma GCC unroll 4
+        for (int q = 0; q < kQueries; ++q)
+          total[r][q] += to_floats(sum[r][q]) * splat(query_scales[q]) * scale;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) row[r] += block_bytes;
+    codes += kQueries * padded;
+    query_scales += kQueries;
+  }
+  float sums[kRows * kQueries];
+  sum_lanes<kRows * kQueries>(total[0], sums);
+  for (int r = 0; r < kRows; ++r) {
+    for (int q = 0; q < kQueries; ++q) scores[r * score_stride + q] = sums[r * kQueries + q];
+  }
+}
+
+// ---- Whole rows -------------------------------------------------------------------------------------------
+
+// sums + codes², from bytes
+template <typename Codes>
+inline Sums add_squares(Sums sums, const Bytes* bytes) {
+  const Bytes most = splat_byte(127);
+  for (int v = 0; v < Codes::vectors; ++v) {
+    const Bytes code = magnitudes(bytes[v] - splat_byte(Codes::bias));
+    sums = dot4(sums, code, code < most ? code : most);  // -128 counts as -127 · 128
+  }
+  return sums;
+}
+
+template <typename Codes, bool kExpand>
+double measure(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d,
+               uint8_t* bytes) {
+  constexpr size_t kEvery = kElements<Codes>;
+  double total = 0;
+  for (size_t b = 0; b < L; ++b, row += block_bytes) {
+    int64_t square = Codes::bias == 1 ? static_cast<int64_t>(d) : 0;
+    for (size_t piece = 0; piece < d; piece += kMaxPiece) {
+      const size_t end = d < piece + kMaxPiece ? d : piece + kMaxPiece;
+      Sums sums = {};
+      for_steps<Codes>(row, piece, end, [&](const uint8_t* from, size_t i) {
+        Bytes out[Codes::vectors];
+        Codes::load(from, out);
+        if constexpr (kExpand) {
+          for (int v = 0; v < Codes::vectors; ++v) store_bytes(bytes + i + v * kBytes, out[v]);
+        }
+        if constexpr (Codes::bias != 1) sums = add_squares<Codes>(sums, out);
+      });
+      square += sum_of(sums);
+    }
+    if constexpr (kExpand) bytes += (d + kEvery - 1) / kEvery * kEvery;
+    total += static_cast<double>(scales[b]) * scales[b] * static_cast<double>(square);
+  }
+  return total;
+}
+
+template <typename Codes>
+double expand(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d,
+              uint8_t* bytes) {
+  return measure<Codes, true>(row, block_bytes, scales, L, d, bytes);
+}
+
+template <typename Codes>
+double square(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d) {
+  return measure<Codes, false>(row, block_bytes, scales, L, d, nullptr);
+}
+
+// The last codes of a block, from element i on; what is behind them is read as zero bits.
+template <typename Codes>
+inline Vec last_floats(const uint8_t* codes, size_t i, size_t d) {
+  const size_t from = i / 8 * 8, start = Codes::bytes(from);  // where a byte begins in any dtype
+  uint8_t tail[2 * kBytes] = {};
+  copy(codes + start, Codes::bytes(d) - start, tail);
+  return Codes::load_floats(tail, i - from);
+}
+
+// ---- Exact scores -----------------------------------------------------------------------------------------
+
+template <typename Codes>
+__attribute__((noinline)) void exact(const uint8_t* const* codes, const float* query, size_t d,
+                                     const float* scale, float* scores) {
+  Vec sum[kExactRows] = {};
+  size_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) {
+    const Vec values = load(query + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < kExactRows; ++r) sum[r] += Codes::load_floats(codes[r], i) * values;
+  }
+  if (i < d) {
+    float values[kLanes] = {};
+    for (size_t j = 0; i + j < d; ++j) values[j] = query[i + j];
+    for (int r = 0; r < kExactRows; ++r) sum[r] += last_floats<Codes>(codes[r], i, d) * load(values);
+  }
+  float sums[kExactRows];
+  sum_lanes<kExactRows>(sum, sums);
+  for (int r = 0; r < kExactRows; ++r) scores[r] += scale[r] * sums[r];
+}
+
+template <typename Codes>
+void widen_codes(const uint8_t* codes, size_t d, float* out) {
+  size_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) store(out + i, Codes::load_floats(codes, i));
+  if (i < d) {
+    const Vec wide = last_floats<Codes>(codes, i, d);
+    for (size_t j = 0; i + j < d; ++j) out[i + j] = wide[j];
+  }
+}
+
+// ---- Many queries: vectors along the queries, over rows expanded to bytes ---------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kPanelRows = 12;  // two vectors of sums each: 24 of 32 registers
+#elif defined(__AVXVNNI__)
+constexpr int kPanelRows = 6;  // 12 of 16 registers
+#else
+constexpr int kPanelRows = 4;
+#endif
+
+template <int kVecs>
+__attribute__((noinline)) void panel(const uint8_t* rows, size_t row_stride, const int8_t* panel,
+                                     size_t depth, const int32_t* starts, const float* scale,
+                                     const float* query_scales, float* scores, size_t score_stride) {
+  Sums sum[kPanelRows][kVecs];
+#pragma GCC unroll 12
+  for (int r = 0; r < kPanelRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) sum[r][v] = load_sums(starts + v * kLanes);
+  }
+  for (size_t k = 0; k < depth; k += 4) {
+    Bytes query[kVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) query[v] = load_bytes(panel + (k * kVecs + 4 * v) * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kPanelRows; ++r) {
+      const Bytes four = splat_four(rows + r * row_stride + k);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = dot4(sum[r][v], four, query[v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kPanelRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) {
+      float* score = scores + r * score_stride + v * kLanes;
+      store(score, load(score) + to_floats(sum[r][v]) * (scale[r] * load(query_scales + v * kLanes)));
+    }
+  }
+}
+
+// ---- Queries, scales, thresholds --------------------------------------------------------------------------
+
+inline Vec magnitudes(Vec values) { return values < 0 ? -values : values; }
+
+void sizes(const float* values, size_t n, float* largest, float* square) {
+  Vec most = {}, squares = {};
+  for (size_t i = 0; i < n; i += kLanes) {
+    float tail[kLanes] = {};
+    for (size_t j = i; j < n && j < i + kLanes; ++j) tail[j - i] = values[j];
+    const Vec size = magnitudes(i + kLanes <= n ? load(values + i) : load(tail));
+    most = size <= most ? most : size;
+    squares += size * size;
+  }
+  *largest = 0;
+  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) {
+    if (!(most[lane] <= *largest)) *largest = most[lane];
+  }
+  *square = sum_of(squares);
+}
+
+float round(const float* values, size_t d, int8_t* codes, double* squares) {
+  constexpr size_t kRun = 256 * kLanes;  // summed in float32
+  constexpr float kMagic = 0x1.8p23f;    // of which whole numbers are the last bits
+  float largest, unused;
+  sizes(values, d, &largest, &unused);
+  const float scale = largest / kTop;
+  const Vec top = splat(kTop);
+  for (size_t run = 0; run < d; run += kRun) {
+    const size_t end = d < run + kRun ? d : run + kRun;
+    Vec square = {}, lost = {};
+    for (size_t i = run; i < end; i += kLanes) {
+      float tail[kLanes] = {};
+      for (size_t j = i; j < end && j < i + kLanes; ++j) tail[j - i] = values[j];
+      const Vec value = load(tail);
+      Vec code = scale == 0 ? Vec{} : value / splat(scale);
+      code = code < -top ? -top : code > top ? top : code;
+      code = (code + splat(kMagic)) - splat(kMagic);
+      const Sums whole = __builtin_convertvector(code, Sums);
+      for (size_t j = i; j < end && j < i + kLanes; ++j) codes[j] = static_cast<int8_t>(whole[j - i]);
+      square += value * value;
+      lost += (value - splat(scale) * code) * (value - splat(scale) * code);
+    }
+    squares[0] += sum_of(square);
+    squares[1] += sum_of(lost);
+  }
+  return scale;
+}
+
+// Bit i: whether lane i is not at most its limit.
+inline unsigned lanes_above(Vec value, Vec limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(value, limit, _CMP_NLE_UQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(value, limit, _CMP_NLE_UQ));
+#else
+  unsigned lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= unsigned{!(value[i] <= limit[i])} << i;
+  return lanes;
+#endif
+}
+
+size_t reaching(const float* scores, float sign, size_t n, float a, const float* wide, float b,
+                const float* far, const float* threshold, float* upper, uint32_t* which) {
+  size_t count = 0, q = 0;
+  for (; q + kLanes <= n; q += kLanes) {
+    const Vec most = sign * load(scores + q) + a * load(wide + q) + b * load(far + q);
+    store(upper + q, most);
+    for (unsigned lanes = lanes_above(most, load(threshold + q)); lanes != 0; lanes &= lanes - 1) {
+      which[count++] = static_cast<uint32_t>(q) + static_cast<uint32_t>(__builtin_ctz(lanes));
+    }
+  }
+  for (; q < n; ++q) {
+    upper[q] = sign * scores[q] + a * wide[q] + b * far[q];
+    if (!(upper[q] <= threshold[q])) which[count++] = static_cast<uint32_t>(q);
+  }
+  return count;
+}
+
+template <typename Codes, int kQueries>
+constexpr FewKernel few_kernel() {
+  return {few_rows(kQueries), few<Codes, kQueries>};
+}
+
+template <typename Codes>
+constexpr CodeKernels code_kernels() {
+  return {Codes::bias,
+          kElements<Codes>,
+          {few_kernel<Codes, 1>(), few_kernel<Codes, 2>(), few_kernel<Codes, 3>(), few_kernel<Codes, 4>()},
+          square<Codes>,
+          expand<Codes>,
+          exact<Codes>,
+          widen_codes<Codes>};
+}
+
+template <int kVecs>
+constexpr CodedPanelKernel panel_kernel() {
+  return {kPanelRows, kVecs * kLanes, panel<kVecs>};
+}
+
+}  // namespace
+
+const CodedKernels coded_kernels = {
+    kLanes,
+    kTop,
+    round,
+    sizes,
+    code_kernels<Int8Codes>(),
+    code_kernels<Int4Codes>(),
+    code_kernels<SignCodes>(),
+    panel_kernel<1>(),
+    panel_kernel<2>(),
+    reaching,
+};
+
+}  // namespace TRACKSTAR_ISA
+}  // namespace trackstar

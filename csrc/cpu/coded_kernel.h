@@ -1,0 +1,105 @@
+// Micro-kernels of score_topk on narrow rows, one table per instruction set (csrc/cpu/isa.h).
+//
+// Codes are worked on as bytes code + bias, none of them negative. (Signs are bytes 2 or 0, their negated codes
+// plus 1.) Queries are rounded to whole numbers from -top to top, so that Σ byte · query is exact in 32 bits,
+// wrapping around on the way, if it starts from -bias · Σ query. Blocks of both are padded to a multiple of
+// `elements`, the queries with zeros. Within every `elements` of a block int4's even ones come first.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace trackstar {
+
+constexpr size_t kMaxPiece = 65536;  // elements of a block whose products surely fit 32 bits
+constexpr int kMaxFewQueries = 4;
+
+// Up to four rounded queries. A block's pieces are its first kMaxPiece elements, the next, and so on.
+struct FewQueries {
+  size_t L, d;
+  const int8_t* codes;    // (L, count, padded d)
+  const int32_t* starts;  // (L, pieces, count, lanes): where each lane's sum starts
+  const float* scales;    // (L, count)
+};
+
+// Few queries and a block of rows, at rows[r], with scales (L) at scales[r]:
+//
+//     scores[r * score_stride + q] = Σ_b scales[r][b] · query.scales[b, q] · Σ_k ± code_b,k · query.codes[b, q, k]
+struct FewKernel {
+  int rows;
+  void (*run)(const uint8_t* const* rows, const float* const* scales, size_t block_bytes,
+              const FewQueries& queries, float* scores, size_t score_stride);
+};
+constexpr int kMaxFewRows = 4;
+
+struct CodeKernels {
+  int bias;
+  size_t elements;
+
+  FewKernel few[kMaxFewQueries];  // by number of queries
+
+  // A row's square Σ_b scales[b]² · Σ_k code_b,k², or a little less if there are codes of -128; `expand` also makes
+  // bytes (L, padded d) of it.
+  double (*square)(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d);
+  double (*expand)(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d,
+                   uint8_t* bytes);
+
+  // scores[r] += scale[r] · Σ_k code_r,k · query[k] for eight rows' codes, k < d, rounded as DotKernel rounds it:
+  // d is at most as many numbers as it takes at once.
+  void (*exact)(const uint8_t* const* codes, const float* query, size_t d, const float* scale, float* scores);
+
+  // d codes of a block as floats.
+  void (*widen)(const uint8_t* codes, size_t d, float* out);
+};
+constexpr int kExactRows = 8;
+
+// Many queries: panel[k / 4][queries][k % 4], and for a block of rows as bytes, row_stride from one to the next,
+//
+//     scores[r * score_stride + q] += scale[r] · query_scales[q] · (starts[q] + Σ_k rows[r * row_stride + k] · query_q[k])
+//
+// over k < depth, a multiple of 4.
+struct CodedPanelKernel {
+  int rows;
+  int queries;
+  void (*run)(const uint8_t* rows, size_t row_stride, const int8_t* panel, size_t depth,
+              const int32_t* starts, const float* scale, const float* query_scales, float* scores,
+              size_t score_stride);
+};
+
+struct CodedKernels {
+  int lanes;
+  int top;
+
+  // One block of a query: codes round(values / scale) from -top to top, their sum over all blocks of squares Σ values²
+  // added to squares[0] and of what they lose, Σ (values - scale · code)², to squares[1]; returns the scale.
+  float (*round)(const float* values, size_t d, int8_t* codes, double* squares);
+
+  // The largest magnitude of n numbers, NaN if there is a NaN, and the sum of their squares.
+  void (*sizes)(const float* values, size_t n, float* largest, float* square);
+
+  CodeKernels int8, int4, sign;
+  CodedPanelKernel narrow, wide;
+
+  // Which of n scores may reach their thresholds: those whose upper[q] = sign · scores[q] + a · wide[q] + b · far[q]
+  // is not at most threshold[q]. Their indices are written to `which`, in order; returns how many.
+  size_t (*reaching)(const float* scores, float sign, size_t n, float a, const float* wide, float b,
+                     const float* far, const float* threshold, float* upper, uint32_t* which);
+};
+
+namespace baseline {
+extern const CodedKernels coded_kernels;
+}
+namespace v3 {
+extern const CodedKernels coded_kernels;
+}
+namespace v3_vnni {
+extern const CodedKernels coded_kernels;
+}
+namespace v4 {
+extern const CodedKernels coded_kernels;
+}
+namespace v4_vnni {
+extern const CodedKernels coded_kernels;
+}
+
+}  // namespace trackstar

@@ -1,0 +1,87 @@
+// The k best rows of a query among many of which only an upper bound is known.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "cpu/reservoir.h"
+
+namespace trackstar {
+
+// Rows enter with an upper bound of their score and wait. Now and then the waiting are scored exactly, the most
+// promising first, until none that is left can reach the k best. Memory is bounded however loose the bounds.
+class Contest {
+ public:
+  Contest(size_t k, size_t rows) : k_(std::min(k, rows)), capacity_(std::min(waiting_room(k), rows)) {
+    best_.reserve(k_);
+    waiting_.reserve(capacity_);
+  }
+
+  static size_t waiting_room(size_t k) { return 2 * k + 512; }
+
+  // A row whose bound is at most this cannot be among the best, if its position is larger than all so far. NaN as
+  // long as every row can.
+  float threshold() const { return best_.size() < k_ ? kUnknown : best_.front().score; }
+
+  bool full() const { return waiting_.size() == capacity_; }
+
+  // A NaN stands for no bound at all.
+  void enter(float bound, int64_t position) {
+    waiting_.push_back({std::isnan(bound) ? std::numeric_limits<float>::infinity() : bound, position});
+  }
+
+  // Scores those waiting: score(positions, count, scores) for at most kTogether of them at a time.
+  template <typename Score>
+  void settle(Score score) {
+    const auto less = [](const Candidate& a, const Candidate& b) { return a.score < b.score; };
+    std::make_heap(waiting_.begin(), waiting_.end(), less);
+    while (!waiting_.empty()) {
+      int64_t positions[kTogether];
+      float scores[kTogether];
+      size_t count = 0;
+      while (count < kTogether && !waiting_.empty() && !(waiting_.front().score < threshold())) {
+        std::pop_heap(waiting_.begin(), waiting_.end(), less);
+        positions[count++] = waiting_.back().position;
+        waiting_.pop_back();
+      }
+      if (count == 0) break;
+      score(positions, count, scores);
+      for (size_t i = 0; i < count; ++i) offer({scores[i], positions[i]});
+      scored_ += static_cast<int64_t>(count);
+    }
+    waiting_.clear();
+  }
+
+  // The best found, in no order.
+  const std::vector<Candidate>& best() const { return best_; }
+  // How many rows were scored.
+  int64_t scored() const { return scored_; }
+
+  static constexpr size_t kTogether = 8;
+
+ private:
+  static constexpr float kUnknown = std::numeric_limits<float>::quiet_NaN();
+
+  void offer(const Candidate& candidate) {
+    if (best_.size() < k_) {
+      best_.push_back(candidate);
+    } else if (better(candidate, best_.front())) {
+      std::pop_heap(best_.begin(), best_.end(), better);
+      best_.back() = candidate;
+    } else {
+      return;
+    }
+    std::push_heap(best_.begin(), best_.end(), better);
+  }
+
+  size_t k_, capacity_;
+  std::vector<Candidate> best_;     // a heap, the worst in front
+  std::vector<Candidate> waiting_;  // bounds instead of scores
+  int64_t scored_ = 0;
+};
+
+}  // namespace trackstar

@@ -1,0 +1,132 @@
+// Vectors of whole numbers of the instruction set level that a micro-kernel source is compiled for: simd.h for
+// bytes. For *_kernel.cpp only.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace trackstar::TRACKSTAR_ISA {
+namespace {
+
+constexpr ptrdiff_t kBytes = 4 * kLanes;
+
+typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
+typedef uint8_t UnalignedBytes __attribute__((vector_size(kBytes), aligned(1), may_alias));
+typedef int32_t Sums __attribute__((vector_size(kBytes)));
+typedef int32_t UnalignedSums __attribute__((vector_size(kBytes), aligned(4), may_alias));
+
+inline Bytes load_bytes(const void* from) { return *static_cast<const UnalignedBytes*>(from); }
+inline void store_bytes(void* to, Bytes value) { *static_cast<UnalignedBytes*>(to) = value; }
+inline Sums load_sums(const int32_t* from) { return *reinterpret_cast<const UnalignedSums*>(from); }
+inline Bytes splat_byte(uint8_t value) { return value - Bytes{}; }
+
+// The four bytes at `from`, in every lane.
+inline Bytes splat_four(const uint8_t* from) {
+  typedef int32_t Unaligned __attribute__((aligned(1), may_alias));
+  return (Bytes)(*reinterpret_cast<const Unaligned*>(from) - Sums{});
+}
+
+inline Vec to_floats(Sums sums) { return __builtin_convertvector(sums, Vec); }
+
+// A quarter of a vector: kLanes signed bytes.
+typedef int8_t Quarter __attribute__((vector_size(kLanes)));
+typedef int8_t UnalignedQuarter __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+// Masked forms, here and below, as the plain ones draw a false warning from gcc 12.
+inline Vec to_floats(Quarter quarter) {
+#if defined(__AVX512F__)
+  return to_floats((Sums)_mm512_maskz_cvtepi8_epi32(0xFFFF, (__m128i)quarter));
+#elif defined(__AVX2__)
+  typedef int8_t Sixteen __attribute__((vector_size(16)));
+  const Sixteen padded = {quarter[0], quarter[1], quarter[2], quarter[3],
+                          quarter[4], quarter[5], quarter[6], quarter[7]};
+  return to_floats((Sums)_mm256_cvtepi8_epi32((__m128i)padded));
+#else
+  return to_floats(__builtin_convertvector(quarter, Sums));
+#endif
+}
+
+// The largest magnitude of the signed factors of dot4.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+constexpr int kTop = 64;  // so that a pair of products, 2 · 255 · 64, fits 16 bits
+#else
+constexpr int kTop = 127;
+#endif
+
+// sums[i] + Σ_j a[4i + j] · b[4i + j], j < 4: a from 0 to 255, b from -kTop to kTop. Wraps around.
+inline Sums dot4(Sums sums, Bytes a, Bytes b) {
+#if defined(__AVX512VNNI__)
+  return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#elif defined(__AVX512BW__)
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+  return sums + (Sums)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+  return sums + (Sums)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  typedef uint32_t Words __attribute__((vector_size(kBytes)));
+  Words total = (Words)sums;
+  for (int j = 0; j < 4; ++j) {
+    const Words factor = (Words)a >> 8 * j & 255,
+                signed_factor = (Words)((Sums)((Words)b << (24 - 8 * j)) >> 24);
+    total += factor * signed_factor;
+  }
+  return (Sums)total;
+#endif
+}
+
+// Magnitudes of signed bytes.
+inline Bytes magnitudes(Bytes value) {
+#if defined(__AVX512BW__)
+  return (Bytes)_mm512_maskz_abs_epi8(~uint64_t{0}, (__m512i)value);
+#elif defined(__AVX2__)
+  return (Bytes)_mm256_abs_epi8((__m256i)value);
+#else
+  typedef int8_t Signed __attribute__((vector_size(kBytes)));
+  const Bytes negative = (Bytes)((Signed)value < 0);
+  return (value ^ negative) - negative;
+#endif
+}
+
+// 2 where a bit of the kBytes bits at `from` is set, from the lowest on, and 0 elsewhere.
+inline Bytes twice_bits(const uint8_t* from) {
+#if defined(__AVX512BW__)
+  typedef uint64_t Unaligned __attribute__((aligned(1), may_alias));
+  return (Bytes)_mm512_maskz_set1_epi8(*reinterpret_cast<const Unaligned*>(from), 2);
+#elif defined(__AVX2__)
+  const __m256i words = (__m256i)splat_four(from);
+  const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(words, which), bit), bit);
+  return (Bytes)_mm256_and_si256(set, _mm256_set1_epi8(2));
+#else
+  Bytes bytes;
+  for (ptrdiff_t i = 0; i < kBytes; ++i) bytes[i] = from[i / 8] >> i % 8 << 1 & 2;
+  return bytes;
+#endif
+}
+
+inline int32_t sum_of(Sums sums) {
+#if defined(__AVX512F__)
+  const auto eight = __builtin_shufflevector(sums, sums, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four =
+      __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return four[0] + four[1] + (four[2] + four[3]);
+#else
+  int32_t total = 0;
+  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  return total;
+#endif
+}
+
+// From the first lane to the last.
+inline float sum_of(Vec values) {
+  float total = 0;
+  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) total += values[lane];
+  return total;
+}
+
+}  // namespace
+}  // namespace trackstar::TRACKSTAR_ISA

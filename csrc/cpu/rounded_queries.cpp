@@ -1,0 +1,94 @@
+#include "cpu/rounded_queries.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+namespace trackstar {
+namespace {
+
+// More queries are worth expanding rows for.
+constexpr size_t kMostFew = 2 * kMaxFewQueries;
+
+size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
+
+}  // namespace
+
+RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t d, float sign,
+                               const CodeKernels& code, const CodedKernels& kernels, size_t exact_roundings)
+    : L(L), padded(round_up(d, code.elements)), chunks((padded + kChunk - 1) / kChunk), wide(Q), far(Q) {
+  const size_t lanes = kernels.lanes, bytes = 4 * lanes;
+  const size_t pieces = (d + kMaxPiece - 1) / kMaxPiece;
+  if (Q <= kMostFew) {
+    for (size_t first = 0; first < Q; first += kMaxFewQueries) {
+      const size_t count = std::min<size_t>(kMaxFewQueries, Q - first);
+      few.push_back({first, count, Aligned<int8_t>(L * count * padded),
+                     std::vector<int32_t>(L * pieces * count * lanes), std::vector<float>(L * count)});
+    }
+    width = Q;
+  } else {
+    for (size_t first = 0; first < Q; first += panels.back().kernel->queries) {
+      const CodedPanelKernel& kernel =
+          Q - first <= static_cast<size_t>(kernels.narrow.queries) ? kernels.narrow : kernels.wide;
+      const size_t count = kernel.queries;
+      panels.push_back({first, &kernel, Aligned<int8_t>(L * padded * count),
+                        std::vector<int32_t>(L * chunks * count), std::vector<float>(L * count)});
+    }
+    width = panels.back().first + panels.back().kernel->queries;
+  }
+
+  const double roundings =
+      0x1p-23 * static_cast<double>(exact_roundings + L * std::max(pieces, chunks) + lanes + 16);
+  std::vector<int8_t> plain(padded), ordered(padded);
+  for (size_t q = 0; q < Q; ++q) {
+    double squares[2] = {};
+    for (size_t b = 0; b < L; ++b) {
+      const float scale = sign * kernels.round(queries + (q * L + b) * d, d, plain.data(), squares);
+      if (code.elements == bytes) {
+        ordered = plain;
+      } else {
+        for (size_t i = 0; i < padded; i += code.elements) {
+          for (size_t j = 0; j < bytes; ++j) {
+            ordered[i + j] = plain[i + 2 * j];
+            ordered[i + bytes + j] = plain[i + 2 * j + 1];
+          }
+        }
+      }
+      if (!few.empty()) {
+        Few& group = few[q / kMaxFewQueries];
+        const size_t at = b * group.count + q - group.first;
+        group.scales[at] = scale;
+        std::copy(ordered.begin(), ordered.end(), group.codes.begin() + static_cast<ptrdiff_t>(at * padded));
+        for (size_t i = 0; i < padded; ++i) {
+          const size_t place = (b * pieces + i / kMaxPiece) * group.count + q - group.first;
+          group.starts[place * lanes + i % bytes / 4] -= code.bias * ordered[i];
+        }
+      } else {
+        const auto after =
+            std::upper_bound(panels.begin(), panels.end(), q,
+                             [](size_t query, const Panel& panel) { return query < panel.first; });
+        Panel& panel = *(after - 1);
+        const size_t count = panel.kernel->queries, at = q - panel.first;
+        panel.scales[b * count + at] = scale;
+        for (size_t i = 0; i < padded; i += 4) {
+          std::memcpy(&panel.codes[(b * padded + i) * count + 4 * at], &ordered[i], 4);
+        }
+        for (size_t chunk = 0; chunk < chunks; ++chunk) {
+          const auto begin = ordered.begin() + static_cast<ptrdiff_t>(chunk * kChunk);
+          const auto end = ordered.begin() + static_cast<ptrdiff_t>(std::min(padded, (chunk + 1) * kChunk));
+          panel.starts[(b * chunks + chunk) * count + at] = -code.bias * std::accumulate(begin, end, 0);
+        }
+      }
+    }
+    const double norm = std::sqrt(squares[0]), error = std::sqrt(squares[1]);
+    const double rounding = roundings * (norm + error);
+    const bool sane = norm == 0 || (norm >= kSmallest && norm <= kLargest);
+    const double unbounded = std::numeric_limits<double>::infinity();
+    wide[q] = static_cast<float>(sane ? 1.001 * (error + rounding) : unbounded);
+    far[q] = static_cast<float>(sane ? 1.001 * (norm + rounding) : unbounded);
+  }
+}
+
+}  // namespace trackstar

@@ -1,0 +1,169 @@
+"""A task's inverse Hessian in the form that scans use, on any device.
+
+With x the queries of a block as rows, c = λ / ((1 − λ)·Q), and every term times 1 − λ,
+
+    few queries:   C Cᵀ = I + c·x xᵀ (Q × Q)    factor = C⁻¹ x    combine = C⁻ᵀ      yᵀ R⁻¹ y = ‖y‖² − c·‖t‖²
+    many queries:  C Cᵀ = I + c·xᵀ x (d × d)    factor = C⁻¹      combine = x C⁻ᵀ    yᵀ R⁻¹ y = ‖t‖²
+
+where t = factor · y, and x R⁻¹ y = combine · t in both.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+
+from trackstar_kernels._codes import NARROW, decode_rows
+from trackstar_kernels.scoring._merge import merge_topk
+
+# Float32 keeps the squared norm of a row to about 2⁻²⁴ of ‖y‖² where terms of that size cancel, and its root
+# to 2⁻²⁴ of ‖y‖ where ‖t‖² is all there is: where less than this is left of ‖y‖², it is computed in float64.
+TRUSTED_DIFFERENCE = 0.05
+TRUSTED_SQUARE = 0.05**2
+
+SCRATCH = 64 * 2**20  # bytes of working memory for doing that
+
+Found = tuple[torch.Tensor, torch.Tensor]
+"""Scores (Q, k) and indices (Q, k)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hessian:
+    """Of all ``queries`` (Q, L, d), of which those ``asked`` are scored."""
+
+    queries: torch.Tensor
+    mixing: float
+    asked: slice
+
+    @property
+    def coupling(self) -> float:
+        """λ / ((1 − λ)·Q)."""
+        return self.mixing / ((1 - self.mixing) * len(self.queries))
+
+    @property
+    def many(self) -> bool:
+        """Whether the d × d form is used: a little before Q = d, where few directions are left outside the
+        queries' span, so that ‖y‖² − c·‖t‖² would cancel for nearly every row.
+        """
+        Q, _, d = self.queries.shape
+        return 7 * d < 8 * Q
+
+    @property
+    def rank(self) -> int:
+        """r, the length of t."""
+        return self.queries.shape[2] if self.many else len(self.queries)
+
+    @property
+    def base(self) -> float:
+        """Of yᵀ R⁻¹ y = base · ‖y‖² + sign · ‖t‖²."""
+        return 0.0 if self.many else 1.0
+
+    @property
+    def sign(self) -> float:
+        """See ``base``."""
+        return 1.0 if self.many else -self.coupling
+
+    @property
+    def trusted(self) -> float:
+        """The share of a row's squared norm that must be left for a scan to be trusted with it."""
+        return TRUSTED_SQUARE if self.many else TRUSTED_DIFFERENCE
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """For each block factor (r, d), combine (Q, r) and xᵀ R⁻¹ x (Q,), float64."""
+        for x in (block.double() for block in self.queries.unbind(1)):
+            gram = x.T @ x if self.many else x @ x.T
+            identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+            cholesky = torch.linalg.cholesky(identity + self.coupling * gram)
+            inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+            if self.many:
+                combine = x @ inverse.T
+                yield inverse, combine, combine.square().sum(1)
+            else:
+                yield inverse @ x, inverse.T, (inverse * (inverse @ gram)).sum(0)
+
+    def rescored(
+        self,
+        found: tuple[torch.Tensor, torch.Tensor],
+        doubtful: torch.Tensor,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        squared_norms: torch.Tensor | None,
+        k: int,
+        largest: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best of what a scan found among the other rows, and of the ``doubtful`` ones, scored in float64.
+
+        ``found`` has k places, of which those that are left over may hold anything. The norms of rows come from
+        the stored values alone, and where narrowing took something from them, from the ``squared_norms`` (N, L)
+        that they had before.
+        """
+        redo = doubtful.nonzero()[:, 0]
+        if len(redo) == 0:
+            return found
+        known = min(k, len(rows) - len(redo))
+        scores, indices = found[0][:, :known], found[1][:, :known]
+        Q, _, d = self.queries.shape
+        for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))):
+            norms = None if squared_norms is None else squared_norms[positions]
+            precise = self._precise_scores(rows, scales, positions, norms)
+            parts = [(scores, indices), (precise, positions.expand_as(precise))]
+            scores, indices = merge_topk(parts, k, largest)
+        return scores, indices
+
+    def _precise_scores(
+        self,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        positions: torch.Tensor,
+        squared_norms: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Scores of the rows at ``positions``, in float64; ``squared_norms`` are theirs."""
+        Q, n = len(self.queries), len(positions)
+        numerators = self.queries.new_zeros(Q, n, dtype=torch.float64)
+        query_squares = self.queries.new_zeros(Q, dtype=torch.float64)
+        row_squares = self.queries.new_zeros(n, dtype=torch.float64)
+        kept = self.queries.new_zeros(n, dtype=torch.float64)
+        for block, (factor, combine, square) in enumerate(self.blocks()):
+            block_scales = None if scales is None else scales[positions, block : block + 1]
+            codes = rows[positions, block : block + 1]
+            y = decode_rows(codes, block_scales, self.queries.shape[2], torch.float64)[:, 0]
+            t = factor @ y.T
+            numerators.addmm_(combine, t)
+            query_squares += square
+            squares = y.square().sum(1)
+            kept += squares
+            row_squares += self.base * squares + self.sign * t.square().sum(0)
+        if squared_norms is not None:
+            row_squares += (squared_norms.double().sum(1) - kept).clamp_min(0)
+        scores = numerators * inverse_root(query_squares)[:, None] * inverse_root(row_squares)
+        return scores[self.asked].float()
+
+
+class CosineTask:
+    """λ = 0: inner products of unit vectors, by ``score_ends(queries, rows, k, scales, ends, start)``."""
+
+    def __init__(self, queries: torch.Tensor, score_ends: Callable[..., list[Found]]) -> None:
+        self.score_ends = score_ends
+        wide = queries.double()
+        self.unit = (wide * inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
+
+    def scan(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        ends: tuple[bool, ...],
+        start: int,
+    ) -> list[Found]:
+        unit = self.unit
+        inverse = inverse_root(squared_norms.sum(1, keepdim=True))
+        scales = inverse if scales is None else scales * inverse
+        if scales.shape[1] == 1 and rows.dtype not in NARROW:
+            unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
+        return self.score_ends(unit, rows, k, scales, ends, start)
+
+
+def inverse_root(squares: torch.Tensor) -> torch.Tensor:
+    """1/√x, and 0 for 0: what makes zero vectors score 0."""
+    return torch.where(squares == 0, 0, squares.rsqrt())
