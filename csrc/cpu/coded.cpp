@@ -1,17 +1,14 @@
 #include "cpu/coded.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <vector>
 
 #include "cpu/aligned.h"
-#include "cpu/contest.h"
-#include "cpu/exact_scores.h"
+#include "cpu/filter.h"
 #include "cpu/isa.h"
 #include "cpu/rounded_queries.h"
-#include "cpu/scan.h"
+#include "cpu/signs.h"
 #include "scoring.h"
 
 namespace trackstar {
@@ -21,7 +18,8 @@ const CodedKernels& coded_kernels() {
 #ifdef TRACKSTAR_HAS_v4_vnni
     case Isa::v4_bf16:
     case Isa::v4_vnni:
-      return v4_vnni::coded_kernels;
+      if (isa_available(Isa::v4_vnni)) return v4_vnni::coded_kernels;
+      [[fallthrough]];
 #endif
 #ifdef TRACKSTAR_HAS_v4
     case Isa::v4:
@@ -61,43 +59,22 @@ namespace {
 constexpr size_t kTileBytes = 256 << 10;  // of expanded rows, which stay in the second-level cache
 constexpr size_t kTileRows = 48;
 
-// Rows that are looked for by their codes, and rows of which the answer is.
-struct Sought {
-  const float* queries;
-  Rows codes;
-  Rows exact;
-  const float* squared_norms;  // of the exact rows, (N, L); null if those are the codes
-
-  float sign() const { return codes.type == RowType::sign ? -1.0f : 1.0f; }  // of the codes' bytes
-};
-
-// Scores all rows roughly, from their codes and rounded queries, and exactly those that a bound does not rule out.
-class CodedSearch : public Search {
+// Scores rows by products of whole numbers.
+class CodedSearch : public Filter {
  public:
   CodedSearch(const Sought& sought, const RoundedQueries& rounded, const std::vector<TopK>& tops)
-      : sought_(sought),
-        rows_(sought.codes),
+      : Filter(sought, tops),
         rounded_(rounded),
-        kernels_(coded_kernels()),
         code_(code_kernels(rows_.type)),
         block_bytes_(block_bytes(rows_.type, rows_.d)),
-        tile_rows_(rows_of_tile(rounded)),
+        tile_rows_(rows_of_tile(rounded, rows_.L)),
         scores_((tile_rows_ + kMaxFewRows) * rounded.width),
         upper_(rounded.width),
         which_(rounded.width),
-        squares_(tile_rows_),
-        ones_(rows_.scales ? 0 : rows_.L, 1.0f) {
-    if (!rounded.panels.empty()) {
-      bytes_.resize(tile_rows_ * rows_.L * rounded.padded);
-      scales_.resize(rows_.L * tile_rows_);
-    }
-    for (const TopK& top : tops) {
-      Side side{ExactScores(sought.queries, sought.exact, top.largest ? 1.0f : -1.0f), top.largest, {}, {}};
-      side.thresholds.resize(top.Q, std::numeric_limits<float>::quiet_NaN());
-      side.contests.reserve(top.Q);
-      for (size_t q = 0; q < top.Q; ++q) side.contests.emplace_back(top.k, rows_.N);
-      sides_.push_back(std::move(side));
-    }
+        squares_(tile_rows_) {
+    if (rounded.panels.empty()) return;
+    bytes_.resize(tile_rows_ * rows_.L * rounded.padded);
+    scales_.resize(rows_.L * tile_rows_);
   }
 
   void run(size_t begin, size_t end) override {
@@ -109,40 +86,20 @@ class CodedSearch : public Search {
         score_panels(row, count);
       }
       for (size_t r = 0; r < count; ++r) {
-        for (Side& side : sides_) enter(side, row + r, r);
+        for (Side& side : sides_) consider(side, row + r, r);
       }
     }
   }
 
-  void finish() override {
-    for (Side& side : sides_) {
-      for (size_t q = 0; q < side.contests.size(); ++q) settle(side, q);
-    }
-  }
-
   size_t tile_rows() const override { return tile_rows_; }
-  const std::vector<Candidate>& candidates(size_t top, size_t query) const override {
-    return sides_[top].contests[query].best();
-  }
-  int64_t rescored(size_t top, size_t query) const override { return sides_[top].contests[query].scored(); }
 
  private:
-  // One of the results: the largest scores, or the smallest, which are the largest once negated.
-  struct Side {
-    ExactScores exact;
-    bool largest;
-    std::vector<Contest> contests;
-    std::vector<float> thresholds;
-  };
-
-  static size_t rows_of_tile(const RoundedQueries& rounded) {
+  static size_t rows_of_tile(const RoundedQueries& rounded, size_t L) {
     if (rounded.panels.empty()) return kTileRows;
     const size_t step = rounded.panels.front().kernel->rows;
-    const size_t fit = kTileBytes / (rounded.L * rounded.padded) / step * step;
+    const size_t fit = kTileBytes / (L * rounded.padded) / step * step;
     return std::min(std::max(fit, step), kTileRows);
   }
-
-  const float* scales(size_t n) const { return rows_.scales ? rows_.scales + n * rows_.L : ones_.data(); }
 
   void score_few(size_t row, size_t count) {
     const uint8_t* rows[kMaxFewRows];
@@ -199,95 +156,52 @@ class CodedSearch : public Search {
     }
   }
 
-  // Enters row n, at place r of the tile, for the queries whose best it may be among.
-  void enter(Side& side, size_t n, size_t r) {
+  // Row n, at place r of the tile, enters for the queries whose best it may be among.
+  void consider(Side& side, size_t n, size_t r) {
     const float* scores = scores_.data() + r * rounded_.width;
     if (rounded_.panels.empty()) {
-      // Most rows are seen to fail already by what their square is at most.
+      // Most rows are seen to fail already by what their norm is at most.
       if (!sought_.squared_norms && reaching(side, scores, most_norm(n), 0.0f) == 0) return;
       squares_[r] = code_.square(row_at(rows_, n), block_bytes_, scales(n), rows_.L, rows_.d);
     }
     const float rest = sought_.squared_norms ? rest_of(n, squares_[r]) : 0.0f;
     const size_t count = reaching(side, scores, norm_of(n, squares_[r]), rest);
-    for (size_t i = 0; i < count; ++i) {
-      const size_t q = which_[i];
-      side.contests[q].enter(upper_[q], static_cast<int64_t>(n));
-      if (side.contests[q].full()) settle(side, q);
-    }
+    for (size_t i = 0; i < count; ++i) enter(side, which_[i], upper_[which_[i]], n);
   }
 
   size_t reaching(const Side& side, const float* scores, float norm, float rest) {
-    return kernels_.reaching(scores, side.largest ? 1.0f : -1.0f, side.contests.size(), norm,
-                             rounded_.wide.data(), rest, rounded_.far.data(), side.thresholds.data(),
-                             upper_.data(), which_.data());
+    const ScoreBounds& bounds = rounded_.bounds;
+    return kernels_.reaching(scores, side.sign, side.contests.size(), norm, bounds.wide.data(), rest,
+                             bounds.far.data(), side.thresholds.data(), upper_.data(), which_.data());
   }
 
-  // What the norm of a decoded row is at most, by its scales alone.
-  float most_norm(size_t n) const {
-    const float most = rows_.type == RowType::int8 ? 128.0f : rows_.type == RowType::int4 ? 8.0f : 1.0f;
-    float largest, square;
-    kernels_.sizes(scales(n), rows_.L, &largest, &square);
-    return bounded(largest) ? 1.01f * most * std::sqrt(square * static_cast<float>(rows_.d)) : kUnbounded;
-  }
-
-  // A decoded row's norm from its square, rounded up.
-  float norm_of(size_t n, double square) const {
-    float largest, unused;
-    kernels_.sizes(scales(n), rows_.L, &largest, &unused);
-    // 1.01 is for codes of -128, which count as -127 · 128.
-    return bounded(largest) ? 1.01f * static_cast<float>(std::sqrt(square)) : kUnbounded;
-  }
-
-  // Whether bounds hold for a row whose scales are of at most this size.
-  static bool bounded(float largest) { return largest == 0 || (largest >= kSmallest && largest <= kLargest); }
-
-  // The distance between a decoded row and the one that is scored exactly, rounded up.
-  float rest_of(size_t n, double square) const {
-    const float* norms = sought_.squared_norms + n * rows_.L;
-    double whole = 0;
-    for (size_t b = 0; b < rows_.L; ++b) whole += norms[b];
-    // What encode_rows kept is a projection, but for roundings; float16 rows were rounded themselves.
-    const double lost = std::max(0.0, whole - square) + 0x1p-20 * whole, norm = std::sqrt(whole);
-    const double places = static_cast<double>(rows_.L * rows_.d);
-    const double rounding = sought_.exact.type == RowType::float16
-                                ? 0x1p-11 * norm + 0x1p-25 * std::sqrt(places)
-                                : 0x1p-23 * norm;
-    return static_cast<float>(1.0001 * (std::sqrt(lost) + rounding));
-  }
-
-  void settle(Side& side, size_t q) {
-    side.contests[q].settle([&](const int64_t* positions, size_t count, float* scores) {
-      side.exact.score(q, positions, count, scores);
-    });
-    side.thresholds[q] = side.contests[q].threshold();
-  }
-
-  static constexpr float kUnbounded = std::numeric_limits<float>::quiet_NaN();
-
-  const Sought& sought_;
-  const Rows& rows_;
   const RoundedQueries& rounded_;
-  const CodedKernels& kernels_;
   const CodeKernels& code_;
   const size_t block_bytes_, tile_rows_;
   Aligned<float> scores_;  // (row of the tile, width)
   std::vector<float> upper_;
   std::vector<uint32_t> which_;
   std::vector<double> squares_;  // of the tile's decoded rows
-  std::vector<float> ones_;
-  Aligned<uint8_t> bytes_;     // (row of the tile, L, padded)
-  std::vector<float> scales_;  // (L, row of the tile)
-  std::vector<Side> sides_;
+  Aligned<uint8_t> bytes_;       // (row of the tile, L, padded)
+  std::vector<float> scales_;    // (L, row of the tile)
 };
 
 void search_topk(const Sought& sought, const std::vector<TopK>& tops, int64_t* rescored, int threads) {
   const Rows& rows = sought.codes;
   const size_t Q = tops.front().Q;
-  const RoundedQueries rounded(sought.queries, Q, rows.L, rows.d, sought.sign(), code_kernels(rows.type),
-                               coded_kernels(), ExactScores::roundings(sought.exact));
-  const auto searches =
-      make_scans(rows.N, threads, [&] { return std::make_unique<CodedSearch>(sought, rounded, tops); });
-  run_scans(searches, rows.N, tops);
+  const size_t roundings = ExactScores::roundings(sought.exact);
+  std::vector<std::unique_ptr<Search>> searches;
+  if (rows.type == RowType::sign && table_kernels()) {
+    const SignTables tables(sought.queries, Q, rows.L, rows.d, *table_kernels(), roundings);
+    searches = make_scans(rows.N, threads, [&] { return sign_search(sought, tables, tops); });
+    run_scans(searches, rows.N, tops);
+  } else {
+    const RoundedQueries rounded(sought.queries, Q, rows.L, rows.d, code_kernels(rows.type), coded_kernels(),
+                                 roundings);
+    searches =
+        make_scans(rows.N, threads, [&] { return std::make_unique<CodedSearch>(sought, rounded, tops); });
+    run_scans(searches, rows.N, tops);
+  }
   for (size_t i = 0; rescored && i < tops.size() * Q; ++i) {
     rescored[i] = 0;
     for (const auto& search : searches) rescored[i] += search->rescored(i / Q, i % Q);

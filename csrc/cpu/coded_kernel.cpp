@@ -376,6 +376,7 @@ constexpr FewKernel few_kernel() {
 template <typename Codes>
 constexpr CodeKernels code_kernels() {
   return {Codes::bias,
+          Codes::bias == 1 ? -1.0f : 1.0f,
           kElements<Codes>,
           {few_kernel<Codes, 1>(), few_kernel<Codes, 2>(), few_kernel<Codes, 3>(), few_kernel<Codes, 4>()},
           square<Codes>,

@@ -34,6 +34,7 @@ constexpr int kMaxFewRows = 4;
 
 struct CodeKernels {
   int bias;
+  float sign;  // -1 where bytes are of negated codes
   size_t elements;
 
   FewKernel few[kMaxFewQueries];  // by number of queries

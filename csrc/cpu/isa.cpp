@@ -23,11 +23,12 @@ bool isa_available(Isa level) {
 #endif
 #ifdef TRACKSTAR_HAS_v4_vnni
     case Isa::v4_vnni:
-      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni");
+      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni") &&
+             __builtin_cpu_supports("avx512vbmi");
 #endif
 #ifdef TRACKSTAR_HAS_v4_bf16
     case Isa::v4_bf16:
-      return isa_available(Isa::v4_vnni) && __builtin_cpu_supports("avx512bf16");
+      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
 #endif
     default:
       return false;

@@ -6,7 +6,7 @@
 
 namespace trackstar {
 
-// x86-64 levels v3 and v4, each also with VNNI, and v4 with VNNI and AVX512-BF16; the baseline of aarch64 has NEON.
+// x86-64 levels v3 and v4, each also with VNNI (and VBMI for v4), and v4 with AVX512-BF16; the baseline of aarch64 has NEON.
 enum class Isa { baseline, v3, v3_vnni, v4, v4_vnni, v4_bf16 };
 
 // The level in force.

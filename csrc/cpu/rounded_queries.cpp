@@ -1,9 +1,7 @@
 #include "cpu/rounded_queries.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <numeric>
 
 namespace trackstar {
@@ -16,9 +14,9 @@ size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * st
 
 }  // namespace
 
-RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t d, float sign,
-                               const CodeKernels& code, const CodedKernels& kernels, size_t exact_roundings)
-    : L(L), padded(round_up(d, code.elements)), chunks((padded + kChunk - 1) / kChunk), wide(Q), far(Q) {
+RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t d, const CodeKernels& code,
+                               const CodedKernels& kernels, size_t exact_roundings)
+    : padded(round_up(d, code.elements)), chunks((padded + kChunk - 1) / kChunk), bounds(Q) {
   const size_t lanes = kernels.lanes, bytes = 4 * lanes;
   const size_t pieces = (d + kMaxPiece - 1) / kMaxPiece;
   if (Q <= kMostFew) {
@@ -39,13 +37,11 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
     width = panels.back().first + panels.back().kernel->queries;
   }
 
-  const double roundings =
-      0x1p-23 * static_cast<double>(exact_roundings + L * std::max(pieces, chunks) + lanes + 16);
   std::vector<int8_t> plain(padded), ordered(padded);
   for (size_t q = 0; q < Q; ++q) {
     double squares[2] = {};
     for (size_t b = 0; b < L; ++b) {
-      const float scale = sign * kernels.round(queries + (q * L + b) * d, d, plain.data(), squares);
+      const float scale = code.sign * kernels.round(queries + (q * L + b) * d, d, plain.data(), squares);
       if (code.elements == bytes) {
         ordered = plain;
       } else {
@@ -82,12 +78,7 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
         }
       }
     }
-    const double norm = std::sqrt(squares[0]), error = std::sqrt(squares[1]);
-    const double rounding = roundings * (norm + error);
-    const bool sane = norm == 0 || (norm >= kSmallest && norm <= kLargest);
-    const double unbounded = std::numeric_limits<double>::infinity();
-    wide[q] = static_cast<float>(sane ? 1.001 * (error + rounding) : unbounded);
-    far[q] = static_cast<float>(sane ? 1.001 * (norm + rounding) : unbounded);
+    bounds.set(q, squares[0], squares[1], exact_roundings + L * std::max(pieces, chunks) + lanes + 16);
   }
 }
 

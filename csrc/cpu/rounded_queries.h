@@ -6,16 +6,13 @@
 
 #include "cpu/aligned.h"
 #include "cpu/coded_kernel.h"
+#include "cpu/filter.h"
 
 namespace trackstar {
 
-// Magnitudes between which products neither overflow nor vanish. Queries outside have no bounds but infinite ones.
-constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
-
 struct RoundedQueries {
-  // Queries (Q, L, d), dense, each multiplied by `sign`. An exact score rounds no more than exact_roundings times,
-  // one after another.
-  RoundedQueries(const float* queries, size_t Q, size_t L, size_t d, float sign, const CodeKernels& codes,
+  // Queries (Q, L, d), dense; exact scores are rounded at most `exact_roundings` times one after another.
+  RoundedQueries(const float* queries, size_t Q, size_t L, size_t d, const CodeKernels& codes,
                  const CodedKernels& kernels, size_t exact_roundings);
 
   static constexpr size_t kChunk = 512;  // elements of a block that a panel takes at once
@@ -34,7 +31,6 @@ struct RoundedQueries {
     std::vector<float> scales;    // (L, queries)
   };
 
-  size_t L;
   size_t padded;  // elements of a block
   size_t chunks;  // of a block
   // Either few or panels.
@@ -42,9 +38,7 @@ struct RoundedQueries {
   std::vector<Panel> panels;
   size_t width;  // of a tile of scores, padding included
 
-  // How far the score of a row may be from the exact one: wide[q] times the norm of the decoded row, and far[q]
-  // times the distance between that and the row that the exact score is of.
-  std::vector<float> wide, far;
+  ScoreBounds bounds;
 };
 
 }  // namespace trackstar

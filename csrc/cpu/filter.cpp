@@ -1,0 +1,80 @@
+#include "cpu/filter.h"
+
+#include <cmath>
+#include <limits>
+
+namespace trackstar {
+namespace {
+
+// Magnitudes between which products neither overflow nor vanish. Queries and scales outside have no bounds.
+constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kUnbounded = std::numeric_limits<float>::quiet_NaN();
+
+bool bounded(double size) { return size == 0 || (size >= kSmallest && size <= kLargest); }
+
+}  // namespace
+
+void ScoreBounds::set(size_t query, double squares, double lost, size_t roundings) {
+  const double norm = std::sqrt(squares), error = std::sqrt(lost);
+  const double rounding = 0x1p-23 * static_cast<double>(roundings) * (norm + error);
+  wide[query] = bounded(norm) ? static_cast<float>(1.001 * (error + rounding)) : kInfinity;
+  far[query] = bounded(norm) ? static_cast<float>(1.001 * (norm + rounding)) : kInfinity;
+}
+
+Filter::Filter(const Sought& sought, const std::vector<TopK>& tops)
+    : sought_(sought),
+      rows_(sought.codes),
+      kernels_(coded_kernels()),
+      ones_(rows_.scales ? 0 : rows_.L, 1.0f) {
+  for (const TopK& top : tops) {
+    const float sign = top.largest ? 1.0f : -1.0f;
+    Side side{
+        ExactScores(sought.queries, sought.exact, sign), sign, {}, std::vector<float>(top.Q, kUnbounded)};
+    side.contests.reserve(top.Q);
+    for (size_t q = 0; q < top.Q; ++q) side.contests.emplace_back(top.k, rows_.N);
+    sides_.push_back(std::move(side));
+  }
+}
+
+void Filter::finish() {
+  for (Side& side : sides_) {
+    for (size_t q = 0; q < side.contests.size(); ++q) settle(side, q);
+  }
+}
+
+void Filter::settle(Side& side, size_t query) {
+  Contest& contest = side.contests[query];
+  contest.settle([&](const int64_t* positions, size_t count, float* scores) {
+    side.exact.score(query, positions, count, scores);
+  });
+  side.thresholds[query] = contest.threshold();
+}
+
+float Filter::norm_of(size_t n, double square) const {
+  float largest, unused;
+  kernels_.sizes(scales(n), rows_.L, &largest, &unused);
+  // 1.01 is for codes of -128, which count as -127 · 128.
+  return bounded(largest) ? 1.01f * static_cast<float>(std::sqrt(square)) : kUnbounded;
+}
+
+float Filter::most_norm(size_t n) const {
+  const float most = rows_.type == RowType::int8 ? 128.0f : rows_.type == RowType::int4 ? 8.0f : 1.0f;
+  float largest, square;
+  kernels_.sizes(scales(n), rows_.L, &largest, &square);
+  return bounded(largest) ? 1.01f * most * std::sqrt(square * static_cast<float>(rows_.d)) : kUnbounded;
+}
+
+float Filter::rest_of(size_t n, double square) const {
+  const float* norms = sought_.squared_norms + n * rows_.L;
+  double whole = 0;
+  for (size_t b = 0; b < rows_.L; ++b) whole += norms[b];
+  // What encode_rows kept is a projection, but for roundings; float16 rows were rounded themselves.
+  const double lost = std::max(0.0, whole - square) + 0x1p-20 * whole, norm = std::sqrt(whole);
+  const double rounding = sought_.exact.type == RowType::float16
+                              ? 0x1p-11 * norm + 0x1p-25 * std::sqrt(static_cast<double>(rows_.L * rows_.d))
+                              : 0x1p-23 * norm;
+  return static_cast<float>(1.0001 * (std::sqrt(lost) + rounding));
+}
+
+}  // namespace trackstar
