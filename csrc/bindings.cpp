@@ -117,6 +117,11 @@ void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& r
   mixed_topk(task, at<const float>(squared_norms), rows, tops, at<bool>(doubtful), threads);
 }
 
+void mixed_parts_at(const Task& task, const Rows& rows, std::uintptr_t numerators, std::uintptr_t squares,
+                    std::uintptr_t inner, int threads) {
+  mixed_parts(task, rows, {at<float>(numerators), at<double>(squares), at<double>(inner)}, threads);
+}
+
 #ifdef TRACKSTAR_HAS_CUDA
 
 cuda::Rows cuda_rows_at(std::uintptr_t values, const std::string& type, ptrdiff_t stride,
@@ -221,5 +226,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("weights"));
   m.def("mixed_topk", &mixed_topk_at, py::arg("task"), py::arg("squared_norms"), py::arg("rows"),
         py::arg("tops"), py::arg("doubtful"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "See csrc/scoring.h.");
+  m.def("mixed_parts", &mixed_parts_at, py::arg("task"), py::arg("rows"), py::arg("numerators"),
+        py::arg("squares"), py::arg("inner"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "See csrc/scoring.h.");
 }

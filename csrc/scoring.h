@@ -47,6 +47,14 @@ void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>&
 void rescored_topk(const float* queries, const Rows& codes, const Rows& wider, const float* squared_norms,
                    const std::vector<TopK>& tops, int64_t* rescored, int threads);
 
+// What a task's scores with narrow rows are made of, see Task: weights_q · Σ_b combine_q,b · t_b (N, Q), the rows'
+// squares Σ_b ‖y_b‖² (N), and base · square + sign · Σ_b ‖t_b‖² (N).
+struct MixedParts {
+  float* numerators;
+  double* squares;
+  double* inner;
+};
+
 // Queries and another inner product, in the layout of the kernels: made once, for any number of scans.
 //
 // With y a row and t_b = factors_b · y_b of length rank,
@@ -71,6 +79,7 @@ class Task {
 
  private:
   friend void mixed_topk(const Task&, const float*, const Rows&, const std::vector<TopK>&, bool*, int);
+  friend void mixed_parts(const Task&, const Rows&, const MixedParts&, int);
   struct Layout;
   std::unique_ptr<Layout> layout_;
 };
@@ -84,5 +93,8 @@ class Task {
 // Accumulated in float32, norms over blocks in float64; the order depends on rank, d and whether rank ≤ 4 alone.
 void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
                 bool* doubtful, int threads);
+
+// Those of narrow rows.
+void mixed_parts(const Task& task, const Rows& rows, const MixedParts& parts, int threads);
 
 }  // namespace trackstar

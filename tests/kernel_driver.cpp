@@ -1,9 +1,12 @@
 // Runs a kernel on arrays in raw files, for processors other than this one: see test_other_processors.py.
 //
 //   kernel_driver project_gradients BATCH IN OUT RANK Q P ELEMENT ACTIVATIONS OUTPUT_GRADS OFFSETS LEFT RIGHT SCALE RESULT
-//   kernel_driver score_topk QUERIES K N L D TYPE QUERY_FILE ROW_FILE SCORES POSITIONS
+//   kernel_driver score_topk QUERIES K N L D TYPE LARGEST QUERY_FILE ROW_FILE SCALES SCORES POSITIONS
+//   kernel_driver rescored_topk QUERIES K N L D TYPE WIDER_TYPE LARGEST QUERY_FILE ROW_FILE SCALES WIDER_FILE NORMS
+//       SCORES POSITIONS RESCORED
 //
-// ELEMENT and TYPE are numbers of their enums; an absent file is a "-".
+// ELEMENT and TYPE are numbers of their enums; an absent file is a "-". Before all these may stand "isa LEVEL",
+// another number of an enum.
 #include <cstdint>
 #include <fstream>
 #include <iterator>
@@ -11,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "gradient.h"
 #include "scoring.h"
 
@@ -65,29 +69,53 @@ void project_gradients(Arguments& arguments) {
   write(arguments.text(), out);
 }
 
-void score_topk(Arguments& arguments) {
+// Rows as they follow each other in a file.
+trackstar::Rows rows_of(const void* values, trackstar::RowType type, const float* scales, size_t N, size_t L,
+                        size_t d) {
+  const size_t numbers = type == trackstar::RowType::int4   ? (d + 1) / 2
+                         : type == trackstar::RowType::sign ? (d + 31) / 32
+                                                            : d;
+  return {values, type, static_cast<ptrdiff_t>(L * numbers), scales, N, L, d};
+}
+
+void score_topk(Arguments& arguments, bool wider) {
   const size_t Q = arguments.number(), k = arguments.number(), N = arguments.number();
   const size_t L = arguments.number(), d = arguments.number();
   const auto type = static_cast<trackstar::RowType>(arguments.number());
+  const auto wider_type = static_cast<trackstar::RowType>(wider ? arguments.number() : 0);
+  const bool largest = arguments.number();
   const float* queries = arguments.file<float>();
-  const void* rows = arguments.file<void>();
+  const void* values = arguments.file<void>();
+  const trackstar::Rows rows = rows_of(values, type, arguments.file<float>(), N, L, d);
   std::vector<float> scores(Q * k);
-  std::vector<int64_t> positions(Q * k);
-  trackstar::score_topk(queries, {rows, type, static_cast<ptrdiff_t>(L * d), nullptr, N, L, d},
-                        {{Q, k, true, scores.data(), positions.data()}}, 1);
+  std::vector<int64_t> positions(Q * k), rescored(Q);
+  const std::vector<trackstar::TopK> tops = {{Q, k, largest, scores.data(), positions.data()}};
+  if (wider) {
+    const trackstar::Rows whole = rows_of(arguments.file<void>(), wider_type, nullptr, N, L, d);
+    trackstar::rescored_topk(queries, rows, whole, arguments.file<float>(), tops, rescored.data(), 1);
+  } else {
+    trackstar::score_topk(queries, rows, tops, 1);
+  }
   write(arguments.text(), scores);
   write(arguments.text(), positions);
+  if (wider) write(arguments.text(), rescored);
 }
 
 }  // namespace
 
 int main(int count, char** values) {
   Arguments arguments(count, values);
-  const std::string op = arguments.text();
+  std::string op = arguments.text();
+  if (op == "isa") {
+    const auto level = static_cast<trackstar::Isa>(arguments.number());
+    if (!trackstar::isa_available(level)) throw std::invalid_argument("this machine lacks the level");
+    trackstar::set_isa(level);
+    op = arguments.text();
+  }
   if (op == "project_gradients") {
     project_gradients(arguments);
-  } else if (op == "score_topk") {
-    score_topk(arguments);
+  } else if (op == "score_topk" || op == "rescored_topk") {
+    score_topk(arguments, op == "rescored_topk");
   } else {
     throw std::invalid_argument("unknown op " + op);
   }

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_scoring import (
     BACKENDS,
+    NATIVE,
     check_topk,
     exact_mixed,
     exact_scores,
@@ -18,6 +19,9 @@ from test_scoring import (
 import trackstar_kernels as tk
 from trackstar_kernels import _C
 
+native_only = pytest.mark.parametrize(
+    "backend", [case for case in NATIVE if case.startswith("cpu")], indirect=True
+)
 narrow = pytest.mark.parametrize("dtype", ["int8", "int4", "sign"])
 
 
@@ -88,6 +92,100 @@ def test_odd_shapes(dtype, Q, N, L, d, largest, scaled, part, isa):
         result = tk.score_topk(queries, codes, k, scales=scales, largest=largest)
     exact, tolerance = decoded_scores(queries, codes, scales)
     check_topk(result, exact, k, largest, tolerance)
+
+
+def alone(queries, codes, scales, k, largest=True):
+    """The same numbers as float32 rows, one query at a time."""
+    numbers = tk.decode_rows(codes, None, queries.shape[2])
+    found = [tk.score_topk(query[None], numbers, k, scales=scales, largest=largest) for query in queries]
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+@native_only
+@narrow
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("Q", [1, 3, 11, 40])
+def test_scores_have_the_bits_of_float_rows(backend, dtype, largest, Q):
+    """Whatever the other queries and the threads."""
+    queries = randn(Q, 3, 97)
+    codes, scales, _ = encoded(900, 3, 97, dtype)
+    wanted = alone(queries, codes, scales, 30, largest)
+    for n in (1, 3):
+        with threads(n):
+            found = tk.score_topk(queries, codes, 30, scales=scales, largest=largest)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@native_only
+@narrow
+@pytest.mark.parametrize("Q", [1, 12])
+@pytest.mark.parametrize("k", [1, 25])
+def test_rows_that_are_nearly_tied(backend, dtype, Q, k):
+    """Their scores differ by less than rounding the queries may change, and queries are rounded as badly as can be."""
+    d = 256
+    queries = torch.full((Q, 1, d), 1.0)
+    queries[:, :, 1:] = (
+        torch.randint(0, 40, (Q, 1, d - 1), generator=torch.Generator().manual_seed(0)) + 0.5
+    ) / 127
+    base = tk.decode_rows(*encoded(1, 1, d, dtype)[:2], d)
+    rows = base.repeat(2000, 1, 1)
+    # Each row differs in a few places, by what makes hardly a difference to its score.
+    for n in range(1, 2000):
+        rows[n, 0, torch.randperm(d, generator=torch.Generator().manual_seed(n))[:2]] *= -1
+    codes, scales, _ = tk.encode_rows(rows, None, dtype)
+    scales = scales * (1 + 1e-4 * randn(2000, 1, seed=3))
+    found = tk.score_topk(queries, codes, k, scales=scales)
+    wanted = alone(queries, codes, scales, k)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@native_only
+def test_bytes_that_encode_rows_does_not_make(backend):
+    """-128 of int8, and -8 of int4."""
+    queries = randn(9, 1, 64)
+    for codes in (
+        torch.full((40, 1, 64), -128, dtype=torch.int8),
+        torch.full((40, 1, 32), 0x88, dtype=torch.uint8),
+    ):
+        codes[::2, :, :5] = 1
+        found = tk.score_topk(queries, codes, 7)
+        wanted = alone(queries, codes, None, 7)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@narrow
+@pytest.mark.parametrize("factor", [1e-38, 1e-20, 1e20, 1e36])
+@pytest.mark.parametrize("Q", [2, 30])
+def test_very_small_and_very_large_scales(dtype, factor, Q):
+    queries = randn(Q, 2, 40)
+    codes, scales, _ = encoded(200, 2, 40, dtype)
+    found = tk.score_topk(queries, codes, 6, scales=factor * scales)
+    wanted = alone(queries, codes, factor * scales, 6)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@narrow
+def test_ten_thousand_results(dtype):
+    queries = randn(2, 1, 32)
+    codes, scales, _ = encoded(12_000, 1, 32, dtype)
+    found = tk.score_topk(queries, codes, 10_000, scales=scales)
+    wanted = alone(queries, codes, scales, 10_000)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@native_only
+@narrow
+@pytest.mark.parametrize("Q", [2, 20])
+def test_reads_codes_where_they_are(backend, dtype, Q):
+    """Inside wider rows."""
+    queries = randn(Q, 2, 45)
+    codes, scales, _ = encoded(70, 2, 45, dtype)
+    wanted = tk.score_topk(queries, codes, 9, scales=scales)
+    room = torch.full((72, codes[0].numel() + 5), -1 if dtype != "int4" else 255, dtype=codes.dtype)
+    room[1:71, : codes[0].numel()] = codes.flatten(1)
+    inside = room[1:71, : codes[0].numel()].unflatten(1, codes.shape[1:])
+    found = tk.score_topk(queries, inside, 9, scales=scales)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
 def codes_of_every_value(dtype):

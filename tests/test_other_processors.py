@@ -9,9 +9,13 @@ import pytest
 import torch
 from test_gradient import FORMS, SHAPES, Case, assert_accurate
 
+from trackstar_kernels import decode_rows, encode_rows
+
 ROOT = Path(__file__).parent.parent
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 ELEMENTS = [torch.float32, torch.bfloat16, torch.float16]
+
+ROW_TYPES = ["float32", "float16", "bfloat16", "int8", "int4", "sign"]
 
 pytestmark = pytest.mark.slow
 
@@ -97,10 +101,29 @@ def test_aarch64_score_topk(aarch64, Q, dtype):
     queries, rows = (torch.randn(n, L, d, generator=generator) for n in (Q, N))
     rows = rows.to(dtype)
     scores, positions = torch.empty(Q, k), torch.empty(Q, k, dtype=torch.int64)
-    arguments = (Q, k, N, L, d, int(dtype == torch.float16), queries, rows)
+    arguments = (Q, k, N, L, d, int(dtype == torch.float16), 1, queries, rows, None)
     aarch64.run("score_topk", *arguments, results=[scores, positions])
     exact = queries.double().flatten(1) @ rows.double().flatten(1).T
     wide = queries.flatten(1) @ rows.float().flatten(1).T
     allowed = 2 * (wide - exact).abs().max() + 1e-6 * exact.abs().max()
     assert (scores - exact.topk(k).values).abs().max() <= allowed
     assert (scores - exact.gather(1, positions)).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "sign"])
+@pytest.mark.parametrize("Q", [1, 3, 17])
+def test_aarch64_narrow_rows(aarch64, Q, dtype):
+    """The same bits as the codes have as float32 rows, one query at a time."""
+    N, L, d, k = 301, 3, 65, 10
+    generator = torch.Generator().manual_seed(0)
+    queries, rows = (torch.randn(n, L, d, generator=generator) for n in (Q, N))
+    codes, scales, _ = encode_rows(rows, None, dtype)
+    scores, positions = torch.empty(Q, k), torch.empty(Q, k, dtype=torch.int64)
+    kind = ROW_TYPES.index(dtype)
+    aarch64.run("score_topk", Q, k, N, L, d, kind, 1, queries, codes, scales, results=[scores, positions])
+    numbers = decode_rows(codes, None, d)
+    for q in range(Q):
+        alone, places = torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
+        arguments = (1, k, N, L, d, 0, 1, queries[q : q + 1], numbers, scales)
+        aarch64.run("score_topk", *arguments, results=[alone, places])
+        assert torch.equal(scores[q], alone[0]) and torch.equal(positions[q], places[0])

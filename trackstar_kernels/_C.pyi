@@ -39,6 +39,7 @@ def rescored_topk(
 def mixed_topk(
     task: Task, squared_norms: int, rows: Rows, tops: list[TopK], doubtful: int, threads: int
 ) -> None: ...
+def mixed_parts(task: Task, rows: Rows, numerators: int, squares: int, inner: int, threads: int) -> None: ...
 
 # Whether there is what follows.
 with_cuda: bool

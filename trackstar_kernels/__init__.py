@@ -10,7 +10,7 @@ from trackstar_kernels._codes import decode_rows
 from trackstar_kernels._dispatch import available_backends
 from trackstar_kernels.encode import encode_rows
 from trackstar_kernels.gradient import project_gradients
-from trackstar_kernels.scoring import mixed_topk, score_topk
+from trackstar_kernels.scoring import mixed_topk, rescored_mixed_topk, rescored_topk, score_bounds, score_topk
 from trackstar_kernels.sketch import projection_matrix
 
 __all__ = [
@@ -20,5 +20,8 @@ __all__ = [
     "mixed_topk",
     "project_gradients",
     "projection_matrix",
+    "rescored_mixed_topk",
+    "rescored_topk",
+    "score_bounds",
     "score_topk",
 ]

@@ -317,24 +317,28 @@ float round(const float* values, size_t d, int8_t* codes, double* squares) {
   sizes(values, d, &largest, &unused);
   const float scale = largest / kTop;
   const Vec top = splat(kTop);
+  double square = 0, lost = 0;  // in units of the scale, where nothing vanishes
   for (size_t run = 0; run < d; run += kRun) {
     const size_t end = d < run + kRun ? d : run + kRun;
-    Vec square = {}, lost = {};
+    Vec squares_of_run = {}, lost_of_run = {};
     for (size_t i = run; i < end; i += kLanes) {
       float tail[kLanes] = {};
       for (size_t j = i; j < end && j < i + kLanes; ++j) tail[j - i] = values[j];
-      const Vec value = load(tail);
-      Vec code = scale == 0 ? Vec{} : value / splat(scale);
-      code = code < -top ? -top : code > top ? top : code;
+      const Vec unit = scale == 0 ? Vec{} : load(tail) / splat(scale);
+      Vec code = unit < -top ? -top : unit > top ? top : unit;
       code = (code + splat(kMagic)) - splat(kMagic);
       const Sums whole = __builtin_convertvector(code, Sums);
       for (size_t j = i; j < end && j < i + kLanes; ++j) codes[j] = static_cast<int8_t>(whole[j - i]);
-      square += value * value;
-      lost += (value - splat(scale) * code) * (value - splat(scale) * code);
+      squares_of_run += unit * unit;
+      lost_of_run += (unit - code) * (unit - code);
     }
-    squares[0] += sum_of(square);
-    squares[1] += sum_of(lost);
+    square += sum_of(squares_of_run);
+    lost += sum_of(lost_of_run);
   }
+  // Not zero unless all values are.
+  const double most = static_cast<double>(largest) * largest, unit = static_cast<double>(scale) * scale;
+  squares[0] += unit * square > most ? unit * square : most;
+  squares[1] += unit * lost;
   return scale;
 }
 

@@ -71,9 +71,12 @@ float Filter::rest_of(size_t n, double square) const {
   for (size_t b = 0; b < rows_.L; ++b) whole += norms[b];
   // What encode_rows kept is a projection, but for roundings; float16 rows were rounded themselves.
   const double lost = std::max(0.0, whole - square) + 0x1p-20 * whole, norm = std::sqrt(whole);
-  const double rounding = sought_.exact.type == RowType::float16
-                              ? 0x1p-11 * norm + 0x1p-25 * std::sqrt(static_cast<double>(rows_.L * rows_.d))
-                              : 0x1p-23 * norm;
+  const Rows& exact = sought_.exact;
+  const double step = exact.type != RowType::float16 ? 0.0
+                      : exact.scales                 ? 0x1p-25 * exact.scales[n]
+                                                     : 0x1p-25;
+  const double rounding = (exact.type == RowType::float16 ? 0x1p-11 : 0x1p-23) * norm +
+                          step * std::sqrt(static_cast<double>(rows_.L * rows_.d));
   return static_cast<float>(1.0001 * (std::sqrt(lost) + rounding));
 }
 

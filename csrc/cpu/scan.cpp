@@ -90,7 +90,7 @@ void run_scans(const std::vector<std::unique_ptr<Search>>& scans, size_t N, cons
 #pragma omp parallel for num_threads(threads)
   for (int i = 0; i < threads; ++i) scans[i]->finish();
 
-  const size_t Q = tops.front().Q;
+  const size_t Q = tops.empty() ? 0 : tops.front().Q;
   const auto results = static_cast<ptrdiff_t>(tops.size() * Q);
 #pragma omp parallel for num_threads(threads)
   for (ptrdiff_t i = 0; i < results; ++i) {

@@ -53,30 +53,20 @@ void Task::set_weights(const float* weights) {
 
 namespace {
 
+// Multiplies rows with a task.
 template <typename Layout>
-class MixedScan : public Scan {
- public:
-  MixedScan(const Layout& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
-            bool* doubtful)
+class TaskScan : public Scan {
+ protected:
+  TaskScan(const Layout& task, const Rows& rows, const std::vector<TopK>& tops)
       : Scan(tops, rows.N, task.combine.front().width(), rows_of_tile(task)),
-        reader_(rows, tile_rows()),
         task_(task),
         rows_(rows),
-        narrow_(is_coded(rows.type)),
-        squared_norms_(squared_norms),
-        doubtful_(doubtful),
-        products_(tile_rows() * task.group_blocks * task.padded_rank),
-        squares_(tile_rows()) {}
+        squares_(tile_rows()),
+        reader_(rows, tile_rows()),
+        products_(tile_rows() * task.group_blocks * task.padded_rank) {}
 
- private:
-  static size_t rows_of_tile(const Layout& task) {
-    size_t bytes = 0;
-    for (const Matrix& matrix : task.factors) bytes += matrix.bytes();
-    for (const Matrix& matrix : task.combine) bytes += matrix.bytes();
-    return trackstar::rows_of_tile(task.factors.front().block_rows(), bytes);
-  }
-
-  void score(size_t row, size_t count) override {
+  // Adds Σ_b combine · t_b to scores_, and puts Σ_b ‖t_b‖² into squares_.
+  void multiply(size_t row, size_t count) {
     reader_.open(row, count);
     std::fill(squares_.begin(), squares_.end(), 0.0);
     for (size_t group = 0; group < task_.groups(); ++group) {
@@ -93,19 +83,19 @@ class MixedScan : public Scan {
         squares_[r] += kernels_.sum_of_squares(products_.data() + r * width, width);
       }
     }
-    for (size_t r = 0; r < count; ++r) {
-      const float* norms = squared_norms_ + (row + r) * task_.shape.L;
-      double whole = 0;
-      for (size_t b = 0; b < task_.shape.L; ++b) whole += norms[b];
-      double norm = task_.shape.base * whole + task_.shape.sign * squares_[r];
-      if (narrow_) norm += (1 - task_.shape.base) * std::max(0.0, whole - decoded_square(rows_, row + r));
-      doubtful_[row + r] = norm < task_.shape.trusted * whole;
-      const auto factor = static_cast<float>(whole == 0 ? 0.0 : 1 / std::sqrt(norm));
-      for (size_t q = 0; q < width_; ++q) scores_[r * width_ + q] *= factor * task_.weights[q];
-    }
   }
 
-  bool valid(size_t row) const override { return !doubtful_[row]; }
+  const Layout& task_;
+  const Rows rows_;
+  std::vector<double> squares_;  // of the tile's rows: Σ_b ‖t_b‖²
+
+ private:
+  static size_t rows_of_tile(const Layout& task) {
+    size_t bytes = 0;
+    for (const Matrix& matrix : task.factors) bytes += matrix.bytes();
+    for (const Matrix& matrix : task.combine) bytes += matrix.bytes();
+    return trackstar::rows_of_tile(task.factors.front().block_rows(), bytes);
+  }
 
   // scores_ += products_ (count, width) times the matrix.
   void combine(size_t count, const Matrix& matrix, size_t width) {
@@ -128,13 +118,64 @@ class MixedScan : public Scan {
   }
 
   RowReader reader_;
-  const Layout& task_;
-  const Rows rows_;
-  const bool narrow_;
+  Aligned<float> products_;  // (row of the tile, group_blocks, padded_rank): t of a group
+};
+
+template <typename Layout>
+class MixedScan : public TaskScan<Layout> {
+ public:
+  MixedScan(const Layout& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
+            bool* doubtful)
+      : TaskScan<Layout>(task, rows, tops), squared_norms_(squared_norms), doubtful_(doubtful) {}
+
+ private:
+  void score(size_t row, size_t count) override {
+    this->multiply(row, count);
+    const Task::Shape& shape = this->task_.shape;
+    for (size_t r = 0; r < count; ++r) {
+      const float* norms = squared_norms_ + (row + r) * shape.L;
+      double whole = 0;
+      for (size_t b = 0; b < shape.L; ++b) whole += norms[b];
+      double norm = shape.base * whole + shape.sign * this->squares_[r];
+      if (is_coded(this->rows_.type)) {
+        norm += (1 - shape.base) * std::max(0.0, whole - decoded_square(this->rows_, row + r));
+      }
+      doubtful_[row + r] = norm < shape.trusted * whole;
+      const auto factor = static_cast<float>(whole == 0 ? 0.0 : 1 / std::sqrt(norm));
+      float* scores = this->scores_.data() + r * this->width_;
+      for (size_t q = 0; q < this->width_; ++q) scores[q] *= factor * this->task_.weights[q];
+    }
+  }
+
+  bool valid(size_t row) const override { return !doubtful_[row]; }
+
   const float* squared_norms_;
   bool* doubtful_;
-  Aligned<float> products_;  // (row of the tile, group_blocks, padded_rank): t of a group
-  std::vector<double> squares_;
+};
+
+// Writes what scores are made of.
+template <typename Layout>
+class PartsScan : public TaskScan<Layout> {
+ public:
+  PartsScan(const Layout& task, const Rows& rows, const MixedParts& parts)
+      : TaskScan<Layout>(task, rows, {}), parts_(parts) {}
+
+ private:
+  void score(size_t row, size_t count) override {
+    this->multiply(row, count);
+    const Task::Shape& shape = this->task_.shape;
+    for (size_t r = 0; r < count; ++r) {
+      const double square = decoded_square(this->rows_, row + r);
+      parts_.squares[row + r] = square;
+      parts_.inner[row + r] = shape.base * square + shape.sign * this->squares_[r];
+      for (size_t q = 0; q < shape.Q; ++q) {
+        parts_.numerators[(row + r) * shape.Q + q] =
+            this->scores_[r * this->width_ + q] * this->task_.weights[q];
+      }
+    }
+  }
+
+  const MixedParts parts_;
 };
 
 }  // namespace
@@ -144,6 +185,11 @@ void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, 
   using Scan = MixedScan<Task::Layout>;
   run_scans(rows.N, tops, threads,
             [&] { return std::make_unique<Scan>(*task.layout_, squared_norms, rows, tops, doubtful); });
+}
+
+void mixed_parts(const Task& task, const Rows& rows, const MixedParts& parts, int threads) {
+  using Scan = PartsScan<Task::Layout>;
+  run_scans(rows.N, {}, threads, [&] { return std::make_unique<Scan>(*task.layout_, rows, parts); });
 }
 
 }  // namespace trackstar

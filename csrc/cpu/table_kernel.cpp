@@ -1,5 +1,7 @@
 #include "cpu/table_kernel.h"
 
+#if defined(__AVX2__)  // otherwise there is nothing to be had
+
 #include "cpu/simd.h"
 
 namespace trackstar {
@@ -36,7 +38,7 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
   const float scale = largest / kRange;
   for (size_t word = 0; word < d; word += 32, tables += kWordTables) {
     int8_t numbers[32] = {};
-    float square = 0, lost = 0;
+    double square = 0, lost = 0;
     for (size_t j = 0; j < 32 && word + j < d; ++j) {
       const float value = values[word + j];
       float rounded = 0;
@@ -46,8 +48,9 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
         rounded = (rounded + 0x1.8p23f) - 0x1.8p23f;  // to the nearest whole number
       }
       numbers[j] = static_cast<int8_t>(rounded);
-      square += value * value;
-      lost += (value - scale * rounded) * (value - scale * rounded);
+      const double rest = value - static_cast<double>(scale) * rounded;
+      square += static_cast<double>(value) * value;
+      lost += rest * rest;
     }
     squares[0] += square;
     squares[1] += lost;
@@ -303,3 +306,5 @@ const TableKernels table_kernels = {index, tabulate, {run<1>, run<2>}};
 
 }  // namespace TRACKSTAR_ISA
 }  // namespace trackstar
+
+#endif

@@ -1,12 +1,11 @@
 """Both ops in C++ (csrc/scoring.h)."""
 
-from collections.abc import Callable
-
 import torch
 
 from trackstar_kernels import _C
 from trackstar_kernels._codes import DTYPES, NARROW
-from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, inverse_root
+from trackstar_kernels.scoring import _rescoring
+from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, PreparedTask, inverse_root
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.bfloat16: "bfloat16"}
 
@@ -46,14 +45,61 @@ def _score_ends(
     return [(scores, indices.add_(start)) for scores, indices in results]
 
 
-def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> Callable[..., list[Found]]:
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> PreparedTask:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return (
-        CosineTask(queries[asked], _score_ends) if mixing == 0 else _MixedTask(queries, mixing, asked)
-    ).scan
+    return _CosineTask(queries[asked], _score_ends) if mixing == 0 else _MixedTask(queries, mixing, asked)
 
 
-class _MixedTask:
+def rescored_topk(
+    queries: torch.Tensor,
+    codes: torch.Tensor,
+    wider: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    largest: bool,
+    start: int,
+    wider_scales: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`trackstar_kernels.rescored_topk`; queries (Q, L, d), codes (N, L, …), wider (N, L, d).
+
+    ``wider_scales`` (N, 1) multiply the wider rows, of which codes, scales and squared norms then are.
+    """
+    queries, codes, squared_norms = queries.contiguous(), _readable(codes), squared_norms.contiguous()
+    scales = None if scales is None else scales.expand(codes.shape[:2]).contiguous()
+    wider = _readable(wider.flatten(1)[:, None])
+    scores, indices = _results(len(queries), k)
+    rescored = torch.empty(len(queries), dtype=torch.int64)
+    _C.rescored_topk(
+        queries=queries.data_ptr(),
+        codes=_rows_at(codes, scales, queries.shape[2]),
+        wider=_rows_at(wider, wider_scales, wider.shape[2]),
+        squared_norms=squared_norms.data_ptr(),
+        tops=_tops_at([(scores, indices)], (largest,)),
+        rescored=rescored.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return scores, indices.add_(start), rescored
+
+
+class _CosineTask(CosineTask):
+    def rescored_topk(
+        self,
+        codes: torch.Tensor,
+        wider: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        largest: bool,
+        start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inverse = inverse_root(squared_norms.sum(1, keepdim=True))
+        scales = inverse if scales is None else scales * inverse
+        norms = squared_norms * inverse.square()
+        return rescored_topk(self.unit, codes, wider, norms, k, scales, largest, start, inverse)
+
+
+class _MixedTask(PreparedTask):
     """λ > 0: the inverse Hessian's factors, laid out for the kernels."""
 
     def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
@@ -104,6 +150,38 @@ class _MixedTask:
             for result, largest in zip(results, ends, strict=True)
         ]
         return [(scores, indices.add_(start)) for scores, indices in found]
+
+    def rescored_topk(
+        self,
+        codes: torch.Tensor,
+        wider: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        largest: bool,
+        start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        arrays = codes, wider, squared_norms, k, scales, largest
+        scores, indices, rescored = _rescoring.rescored_topk(self.hessian, self._parts, self.scan, *arrays)
+        return scores, indices.add_(start), rescored
+
+    def _parts(
+        self, codes: torch.Tensor, scales: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What scores of narrow rows are made of: numerators (n, Q), squares (n,) and inner products (n,)."""
+        codes = _readable(codes)
+        scales = None if scales is None else scales.expand(codes.shape[:2]).contiguous()
+        numerators = torch.empty(len(codes), len(self.hessian.queries[self.hessian.asked]))
+        squares, inner = (torch.empty(len(codes), dtype=torch.float64) for _ in range(2))
+        _C.mixed_parts(
+            task=self.panels,
+            rows=_rows_at(codes, scales, self.hessian.queries.shape[2]),
+            numerators=numerators.data_ptr(),
+            squares=squares.data_ptr(),
+            inner=inner.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        return numerators.double(), squares, inner
 
 
 # ---- Tensors as csrc takes them ----------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """Both ops in CUDA C++ (csrc/cuda/scoring.h): what goes in, and what becomes of the keys that come out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from trackstar_kernels import _C
 from trackstar_kernels._codes import NARROW, unpack
-from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, inverse_root
+from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, PreparedTask, inverse_root
 from trackstar_kernels.scoring._operands import exponents, operand
 
 TILE_ROWS = 128
@@ -57,14 +57,12 @@ def _score_ends(
     return [score_topk(queries, rows, k, scales, largest, start) for largest in ends]
 
 
-def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> Callable[..., list[Found]]:
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> PreparedTask:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return (
-        CosineTask(queries[asked], _score_ends) if mixing == 0 else _MixedTask(queries, mixing, asked)
-    ).scan
+    return CosineTask(queries[asked], _score_ends) if mixing == 0 else _MixedTask(queries, mixing, asked)
 
 
-class _MixedTask:
+class _MixedTask(PreparedTask):
     """λ > 0: the inverse Hessian's factors."""
 
     def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:

@@ -139,7 +139,37 @@ class Hessian:
         return scores[self.asked].float()
 
 
-class CosineTask:
+class PreparedTask:
+    """What a backend's ``prepare_task`` returns; see ``Task`` of the package."""
+
+    def scan(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        ends: tuple[bool, ...],
+        start: int,
+    ) -> list[Found]:
+        """A result for each of ``ends``, True for the largest scores; scales (N, L), (N, 1) or None."""
+        raise NotImplementedError
+
+    def rescored_topk(
+        self,
+        codes: torch.Tensor,
+        wider: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        largest: bool,
+        start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores, indices and numbers of rows scored. Where codes give no bounds, all the wider rows are."""
+        ((scores, indices),) = self.scan(wider, squared_norms, k, None, (largest,), start)
+        return scores, indices, torch.full_like(indices[:, 0], len(wider))
+
+
+class CosineTask(PreparedTask):
     """λ = 0: inner products of unit vectors, by ``score_ends(queries, rows, k, scales, ends, start)``."""
 
     def __init__(self, queries: torch.Tensor, score_ends: Callable[..., list[Found]]) -> None:

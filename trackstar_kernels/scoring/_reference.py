@@ -1,10 +1,9 @@
 """Both ops as their definitions say, on dense matrices, in the dtype of the queries."""
 
-from collections.abc import Callable
-
 import torch
 
 from trackstar_kernels._codes import NARROW, decode_rows
+from trackstar_kernels.scoring._hessian import Found, PreparedTask
 from trackstar_kernels.scoring._merge import merge_topk
 
 
@@ -51,25 +50,44 @@ def mixed_topk(
     return _topk(torch.where(norms == 0, 0, numerator / norms), k, largest, start)
 
 
-def prepare_task(
-    queries: torch.Tensor, mixing: float, asked: slice
-) -> Callable[..., list[tuple[torch.Tensor, torch.Tensor]]]:
+class _Task(PreparedTask):
     """Nothing is prepared: every call computes everything."""
 
+    def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
+        self.queries, self.mixing, self.asked = queries, mixing, asked
+
     def scan(
+        self,
         rows: torch.Tensor,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
         ends: tuple[bool, ...],
         start: int,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        found = [
-            mixed_topk(queries, rows, squared_norms, k, mixing, scales, largest, start) for largest in ends
-        ]
-        return [(scores[asked], indices[asked]) for scores, indices in found]
+    ) -> list[Found]:
+        arrays = self.queries, rows, squared_norms, k, self.mixing, scales
+        found = [mixed_topk(*arrays, largest, start) for largest in ends]
+        return [(scores[self.asked], indices[self.asked]) for scores, indices in found]
 
-    return scan
+
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> PreparedTask:
+    """See :func:`trackstar_kernels.scoring.prepare_task`."""
+    return _Task(queries, mixing, asked)
+
+
+def rescored_topk(
+    queries: torch.Tensor,
+    codes: torch.Tensor,
+    wider: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    largest: bool,
+    start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`trackstar_kernels.rescored_topk`. Scores all wider rows."""
+    scores, indices = score_topk(queries, wider, k, None, largest, start)
+    return scores, indices, torch.full_like(indices[:, 0], len(wider))
 
 
 def _topk(scores: torch.Tensor, k: int, largest: bool, start: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,95 @@
+"""Checks of arguments that the ops share."""
+
+import torch
+
+from trackstar_kernels._checks import check_count, check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._codes import DTYPES, NARROW, code_size
+
+
+def check_finite(queries: torch.Tensor) -> None:
+    """Require finite queries."""
+    # Part by part: what isfinite() takes in between is more than the queries themselves.
+    if not all(part.isfinite().all() for part in queries.split(64)):
+        raise ValueError("queries must be finite, got NaN or infinity")
+
+
+def check_task(queries: torch.Tensor, mixing: float) -> None:
+    """Check what makes a task."""
+    check_shape("queries", check_tensor("queries", queries), ("Q", "L", "d"))
+    check_dtype("queries", queries, torch.float32)
+    if queries.numel() == 0:
+        raise ValueError(f"queries must not be empty, got shape {tuple(queries.shape)}")
+    if isinstance(mixing, bool) or not isinstance(mixing, (int, float)):
+        raise TypeError(f"mixing must be a float, got {type(mixing).__name__}")
+    if not 0 <= mixing < 1:
+        raise ValueError(f"mixing must be at least 0 and less than 1, got {mixing}")
+
+
+def check_mixed_rows(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    scales: torch.Tensor | None,
+    start: int,
+) -> None:
+    """Check what a task is asked of."""
+    N = check_rows(queries, rows, k, scales, start)
+    check_shape("squared_norms", check_tensor("squared_norms", squared_norms), (N, rows.shape[1]))
+    check_dtype("squared_norms", squared_norms, torch.float32)
+    check_same_device(queries=queries, squared_norms=squared_norms)
+
+
+def check_rows(
+    queries: torch.Tensor, rows: torch.Tensor, k: int, scales: torch.Tensor | None, start: int
+) -> int:
+    """Check what all ops share; returns N."""
+    check_shape("queries", check_tensor("queries", queries), ("Q", "D"), ("Q", "L", "d"))
+    check_dtype("queries", queries, torch.float32)
+    check_dtype("rows", check_tensor("rows", rows), torch.bfloat16, *DTYPES.values())
+    check_shape("rows", rows, ("N", *queries.shape[1:-1], code_size(queries.shape[-1], rows.dtype)))
+    N = len(rows)
+    if min(*queries.shape, *rows.shape) == 0:
+        raise ValueError(
+            f"queries and rows must not be empty, got shapes {tuple(queries.shape)} and {tuple(rows.shape)}"
+        )
+    if scales is not None:
+        per_block = [(N, rows.shape[1])] if queries.dim() == 3 else []
+        check_shape("scales", check_tensor("scales", scales), (N,), *per_block)
+        check_dtype("scales", scales, torch.float32)
+    check_same_device(queries=queries, rows=rows, scales=scales)
+    check_count("start", start, 0)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= N:
+        raise ValueError(f"k must be from 1 to N (={N}), got {k}")
+    return N
+
+
+def check_wider(
+    queries: torch.Tensor,
+    codes: torch.Tensor,
+    wider: torch.Tensor,
+    squared_norms: torch.Tensor,
+    k: int,
+    scales: torch.Tensor,
+    start: int,
+) -> None:
+    """Check narrow codes and the wider rows beside them, under queries (Q, L, d)."""
+    check_narrow(queries, codes, squared_norms, scales)
+    check_mixed_rows(queries, codes, squared_norms, k, scales, start)
+    check_shape("wider", check_tensor("wider", wider), (len(codes), *queries.shape[1:]))
+    check_dtype("wider", wider, torch.float16, torch.float32)
+    check_same_device(queries=queries, wider=wider)
+
+
+def check_narrow(
+    queries: torch.Tensor, codes: torch.Tensor, squared_norms: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Require codes with scales of each block, under queries (Q, L, d)."""
+    check_shape("queries", check_tensor("queries", queries), ("Q", "L", "d"))
+    check_dtype("codes", check_tensor("codes", codes), *NARROW)
+    check_shape("codes", codes, ("N", queries.shape[1], code_size(queries.shape[2], codes.dtype)))
+    for name, tensor in (("scales", scales), ("squared_norms", squared_norms)):
+        check_shape(name, check_tensor(name, tensor), (len(codes), queries.shape[1]))
+        check_dtype(name, tensor, torch.float32)

@@ -1,0 +1,109 @@
+"""Queries prepared for the shards of a store."""
+
+import torch
+
+from trackstar_kernels._dispatch import implementation
+from trackstar_kernels.scoring._arguments import check_finite, check_mixed_rows, check_task, check_wider
+from trackstar_kernels.scoring._hessian import Found, PreparedTask
+
+
+def prepare_task(
+    queries: torch.Tensor, mixing: float, *, asked: range | None = None, backend: str | None = None
+) -> "Task":
+    """What :func:`mixed_topk` has to compute of its queries alone, once for any number of calls.
+
+    Args:
+        queries: (Q, L, d) float32, finite, whitened. Not to be changed while the task is in use.
+        mixing: λ, 0 ≤ λ < 1.
+        asked: positions of the queries that are scored, consecutive; None for all. The others shape R_task alike, so
+            that batches of a task's queries have the scores that they have together.
+        backend: None, "cpu", "cuda" or "reference".
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: the shape, mixing, asked or the backend is wrong, or queries are not finite.
+    """
+    check_task(queries, mixing)
+    asked = range(len(queries)) if asked is None else asked
+    if not (0 <= asked.start < asked.stop <= len(queries) and asked.step == 1):
+        raise ValueError(f"asked must be a range within 0 to {len(queries)} (the queries), got {asked}")
+    with torch.no_grad():
+        return Task(queries, prepare(queries, float(mixing), backend, slice(asked.start, asked.stop)))
+
+
+class Task:
+    """Queries and their Hessian, ready to score the shards of a store one after another: see :func:`prepare_task`."""
+
+    def __init__(self, queries: torch.Tensor, prepared: PreparedTask) -> None:
+        """Not to be called from outside: ``prepared`` is what a backend made of the queries."""
+        self._queries = queries
+        self._prepared = prepared
+
+    def topk(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        *,
+        scales: torch.Tensor | None = None,
+        largest: bool = True,
+        start: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :func:`mixed_topk` returns for the task's queries and λ, bit for bit; same arguments, same errors."""
+        (found,) = self._scan(rows, squared_norms, k, scales, (largest,), start)
+        return found
+
+    def extremes(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        *,
+        scales: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> tuple[Found, Found]:
+        """What :meth:`topk` returns for ``largest`` True and False, bit for bit, on the CPU from one scan."""
+        highest, lowest = self._scan(rows, squared_norms, k, scales, (True, False), start)
+        return highest, lowest
+
+    def rescored_topk(
+        self,
+        codes: torch.Tensor,
+        wider: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        *,
+        scales: torch.Tensor,
+        largest: bool = True,
+        start: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What :func:`rescored_mixed_topk` returns for the task's queries and λ; same arguments, same errors."""
+        check_wider(self._queries, codes, wider, squared_norms, k, scales, start)
+        with torch.no_grad():
+            return self._prepared.rescored_topk(codes, wider, squared_norms, k, scales, largest, start)
+
+    def _scan(
+        self,
+        rows: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        ends: tuple[bool, ...],
+        start: int,
+    ) -> list[Found]:
+        check_mixed_rows(self._queries, rows, squared_norms, k, scales, start)
+        if scales is not None and scales.dim() == 1:
+            scales = scales[:, None]
+        with torch.no_grad():
+            return self._prepared.scan(rows, squared_norms, k, scales, ends, start)
+
+
+def prepare(
+    queries: torch.Tensor, mixing: float, backend: str | None, asked: slice = slice(None)
+) -> PreparedTask:
+    """The task of a backend, once shapes and dtypes are known to fit."""
+    check_finite(queries)
+    package = "trackstar_kernels.scoring"
+    make = implementation(package, "mixed_topk", queries.device, backend, function="prepare_task")
+    prepared: PreparedTask = make(queries, mixing, asked)
+    return prepared
