@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from conftest import FAMILIES, SIZES, files_below, make_examples, make_llama
+from conftest import FAMILIES, files_below, make_examples, make_llama
 from test_lean import make_odd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -147,19 +146,3 @@ def test_amounts(count, written):
 )
 def test_durations(seconds, written):
     assert duration(seconds) == written
-
-
-def test_a_mixture_of_experts_can_be_planned_for():
-    """Experts take projections and, corrected, memory; of a token's time there is one of each kind."""
-    config = transformers.MixtralConfig(
-        **SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "pad_token_id": 0}
-    )
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = transformers.MixtralForCausalLM(config).eval()
-    corpus = Corpus.assumed(100, 12)
-    job = planned_job(
-        model, SketchSpec(sketch=4), corpus, rates=GPUS["H100"], **OPTIONS | {"correction": "exact"}
-    )
-    entries = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
-    assert job.correction == 4 * entries
-    assert job.layout.blocks == 2 * (4 + 4 * 2)

@@ -7,6 +7,7 @@ import transformers
 from conftest import SIZES, explicit_rows, make_examples, make_gpt2, make_llama, make_neox, relative_error
 from test_families import make
 from torch import nn
+from torch.nn import functional
 from trackstar import GradientCollector, SketchSpec
 from trackstar.second_moments import SecondMoments
 from transformers.optimization import Adafactor
@@ -137,6 +138,68 @@ def test_somebodys_own_mixture(order, frozen):
             if gradient is not None:
                 left, right = spec.projections(name, *reversed(gradient.shape))
                 wanted[i, block] = (left @ gradient @ right.T).flatten()
+    model.zero_grad()
+    model.requires_grad_(not frozen)
+    with GradientCollector(model, spec) as collector:
+        model(inputs).square().sum().backward()
+    assert relative_error(collector.rows, wanted) < TOLERANCE
+
+
+class Experts(nn.Module):
+    """Experts in one parameter, multiplied in one of the ways that code is found to."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.w1 = nn.Parameter(torch.randn(12, 8) if way == "rows" else torch.randn(3, 4, 8))
+        self.w2 = nn.Parameter(torch.randn(3, 8, 4))
+
+    def forward(self, flat, chosen):
+        if self.way == "all at once":  # every token meets every expert, those that did not choose it as zeros
+            held = flat * (torch.arange(3)[:, None] == chosen.T)[..., None]
+            return torch.bmm(torch.bmm(held, self.w1.mT).tanh(), self.w2.mT).sum(0)
+        out = torch.zeros_like(flat)
+        for e in range(3):
+            (tokens,) = torch.where(chosen[:, 0] == e)
+            x = flat[tokens]
+            if self.way == "rows":
+                h = x.matmul(self.w1.view(3, 4, 8)[e].T)
+            elif self.way == "matrix first":
+                h = (self.w1[e] @ x.T).T
+            elif self.way == "converted":
+                h = functional.linear(x.double(), self.w1[e].double()).float()
+            else:
+                h = torch.addmm(torch.zeros(4), x, self.w1[e].t())
+            out[tokens] = functional.linear(h.tanh(), self.w2[e])
+        return out
+
+
+class Routed(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.inward, self.router, self.experts = nn.Linear(6, 8), nn.Linear(8, 3), Experts(way)
+
+    def forward(self, x):
+        h = self.inward(x)
+        flat = h.reshape(-1, 8)
+        scores, chosen = self.router(flat).softmax(-1).topk(1, dim=-1)
+        return (h + (self.experts(flat, chosen) * scores).view_as(h)).tanh()
+
+
+@pytest.mark.parametrize("way", ["rows", "all at once", "matrix first", "converted", "added"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_somebodys_own_fused_experts(way, frozen):
+    torch.manual_seed(0)
+    model, spec, inputs = Routed(way), SketchSpec(sketch=3), torch.randn(4, 7, 6)
+    weights, parameters = spec.weights(model), dict(model.named_parameters())
+    wanted = torch.zeros(4, len(weights), 9)
+    for i, x in enumerate(inputs):
+        model.zero_grad()
+        model(x[None]).square().sum().backward()
+        for (name, block), weight in zip(spec.block_of(model).items(), weights.values(), strict=True):
+            gradient = weight.view(parameters[weight.parameter].grad)
+            left, right = spec.projections(name, *reversed(gradient.shape))
+            wanted[i, block] = (left @ gradient @ right.T).flatten()
     model.zero_grad()
     model.requires_grad_(not frozen)
     with GradientCollector(model, spec) as collector:

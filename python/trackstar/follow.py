@@ -286,7 +286,11 @@ class Follower(TorchFunctionMode):
                 "of its rows belongs to"
             )
         output = self._listener.start(output, names)
-        set_origin(output, None if turned else origin.like(output.shape))
+        shape = output.shape
+        if turned:
+            set_origin(output, origin.through(lambda numbers: numbers[..., :1, :].expand(shape)))
+        else:
+            set_origin(output, origin.like(shape))
         owners = (origin.through(lambda numbers: numbers.mT) if turned else origin).rows()
         rows = (x.mT if turned else x).detach().flatten(0, -2)
         parts = _parts(name, args, kwargs, matrix, len(rows))

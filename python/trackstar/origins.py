@@ -208,11 +208,13 @@ class Layout:
 
     def _trace_rows(self, name: str, arguments: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
         given = [tensor for tensor in _tensors(arguments) if not isinstance(tensor, nn.Parameter)]
-        known = [(t.shape[:-1], source) for t in given if (source := self.origin(t)) is not None]
+        known = [(tuple(t.shape[:-1]), source) for t in given if (source := self.origin(t)) is not None]
         for made in outputs:
             if any(made is tensor for tensor in given):  # written in place, row by row
                 continue
-            found = next((source for rows, source in known if rows == made.shape[:-1]), None)
+            of = tuple(made.shape[:-1])
+            # Several times over, where it was broadcast.
+            found = next((source for rows, source in known if rows and of[-len(rows) :] == rows), None)
             if found is not None and name not in MIXES:
                 set_origin(made, found.like(made.shape))
             else:
