@@ -101,9 +101,9 @@ def test_scores_are_those_of_the_dense_inverse(small, tmp_path, biases):
         curvatures,
         *([token_gradients(model, modules, e, biases=biases) for e in side] for side in (queries, examples)),
     )
-    assert result.modules == tuple(modules)
+    assert result.blocks == tuple(modules)
     for q in range(len(queries)):
-        assert close(result.by_module[q], wanted[q][result.indices[q]], 1e-3)
+        assert close(result.by_block[q], wanted[q][result.indices[q]], 1e-3)
         assert close(result.scores[q], wanted[q].sum(1)[result.indices[q]], 1e-3)
         assert result.indices[q].tolist() == wanted[q].sum(1).argsort(descending=True).tolist()
 
@@ -266,14 +266,14 @@ def test_terms_are_tokens_and_modules_and_sum_to_the_score(llama, tmp_path):
     for q, query in enumerate(encode_queries(QUERIES, None)):
         whole = whole_query(capture, query, inverse, nll)
         for place, index in enumerate(result.indices[q].tolist()):
-            example = result.corpus[index]
+            example = result.corpus.encoded[index]
             wanted = torch.zeros(len(example), len(modules), dtype=torch.float64)
             for layer, (name, (x, delta)) in enumerate(token_gradients(llama, modules, example).items()):
                 wanted[: len(x), layer] = ((delta @ whole[name].double()) * x).sum(1)
             assert close(result.by_token[q][place], wanted.sum(1), 1e-4)
-            assert close(result.by_module[q, place], wanted.sum(0), 1e-4)
+            assert close(result.by_block[q, place], wanted.sum(0), 1e-4)
         scale = result.scores[q].abs().max()
-        assert (result.by_module[q].sum(1) - result.scores[q]).abs().max() < 1e-5 * scale
+        assert (result.by_block[q].sum(1) - result.scores[q]).abs().max() < 1e-5 * scale
         sums = torch.stack([terms.sum() for terms in result.by_token[q]])
         assert (sums - result.scores[q]).abs().max() < 1e-5 * scale
 
@@ -299,7 +299,7 @@ def test_an_influence_is_how_much_a_loss_falls(tmp_path):
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
 
     for place in (0, len(given) - 1):
-        step = whole_query(capture, result.corpus[int(result.indices[0, place])], inverse, nll)
+        step = whole_query(capture, result.corpus.encoded[int(result.indices[0, place])], inverse, nll)
         size = 1e-4 / max(part.norm().item() for part in step.values())
         fall = (loss_after(step, -size) - loss_after(step, size)) / (2 * size)
         assert fall == pytest.approx(result.scores[0, place].item(), rel=1e-3)
