@@ -15,7 +15,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from trackstar.correction import fit_rank
-from trackstar.modules import select_modules
+from trackstar.modules import select_weights
 from trackstar.second_moments import SecondMoments
 
 from benchmarks.machine import save
@@ -70,7 +70,7 @@ def main() -> None:
             label = f"fitted rank {rank}, {iterations} sweeps"
             approximations[label] = {name: u.T @ w for name, (u, w) in fitted.items()}
     cosines = {name: [] for name in approximations}
-    modules = select_modules(model)
+    modules = {name: weight.module for name, weight in select_weights(model).items()}
     for example in make_text(8 * arguments.steps + arguments.examples)[-arguments.examples :]:
         model.zero_grad()
         model(input_ids=example[None], labels=example[None]).loss.backward()

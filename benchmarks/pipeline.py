@@ -16,7 +16,7 @@ from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
 from trackstar.examples import Encoded
 from trackstar.lean import LeanPass
-from trackstar.modules import select_modules
+from trackstar.modules import select_weights
 from trackstar.passes import BATCH_TOKENS, rows_of
 from trackstar.second_moments import SecondMoments
 from trackstar.spec import SketchSpec
@@ -87,13 +87,13 @@ def as_examples(ids: torch.Tensor) -> list[Encoded]:
 
 def lean(model: nn.Module, batch: list[Encoded]) -> Run:
     """The engine's own pass, in the batches that rows_of forms, which shows every gradient to nobody."""
-    modules = select_modules(model)
-    one = LeanPass(model, modules.values())
+    weights = select_weights(model)
+    one = LeanPass(model, [weight.module for weight in weights.values()])
     lengths = [len(example) for example in batch]
     parts = [[batch[i] for i in part] for part in one.batches(lengths, BATCH_TOKENS)]
 
     def run() -> None:
-        with one, GradientTap(modules, lambda name, activations, output_grads: None):
+        with one, GradientTap(weights, lambda use: None):
             for part in parts:
                 one.run(one.arrange(part))
 
@@ -139,7 +139,7 @@ def collections(
     """Rows of the batch under every correction and sketch, checked."""
     gradients = {i: full_gradients(model, ids[i : i + 1]) for i in (0, len(ids) - 1)}
     forms = corrections(model, ids)
-    one = LeanPass(model, select_modules(model).values())
+    one = LeanPass(model, [weight.module for weight in select_weights(model).values()])
     runs = {}
     for sketch in sketches:
         for form, (kind, correction) in forms.items():
@@ -159,7 +159,10 @@ def full_gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tenso
     """{module: ∇ of one example's summed loss (O, I)}, from an ordinary backward pass."""
     training_step(model, ids)
     predictions = ids.shape[1] - 1  # the loop's loss is a mean over them
-    return {name: module.weight.grad.double() * predictions for name, module in select_modules(model).items()}
+    return {
+        name: weight.module.weight.grad.double() * predictions
+        for name, weight in select_weights(model).items()
+    }
 
 
 def define(

@@ -27,13 +27,13 @@ TARGETS = {
     "mixed ÷ plain, float32, Q = 8": (1.12, 1.04),
     "mixed ÷ plain, float32, Q = 32": (1.22, 1.14),
     "mixed ÷ plain, float32, Q = 128": (1.60, 1.50),
+    "two threads ÷ one, Q ≥ 32, worst": (0.56, 0.52),
     "int8 ÷ reading them, Q = 1": (1 / 0.70, 1 / 0.90),
     "int8 with rescoring ÷ best mm, Q = 8": (0.32, 0.20),
     "int8 with rescoring ÷ best mm, Q = 32": (0.50, 0.40),
     "int8 with rescoring ÷ best mm, Q = 128": (0.62, 0.52),
     "sign ÷ FAISS, worst Q": (0.60, 0.30),
     "narrow rows, two threads ÷ one, worst": (0.56, 0.52),
-    "two threads ÷ one, worst Q": (0.56, 0.52),
 }
 """What must be reached, and what would be a record; at most, each."""
 

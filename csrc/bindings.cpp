@@ -91,6 +91,9 @@ RowType row_type_of(const std::string& name) {
 
 Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
              size_t N, size_t L, size_t d) {
+  if (N > UINT32_MAX) {
+    throw std::invalid_argument("rows must be fewer than 2**32, got " + std::to_string(N));
+  }
   return {at<const void>(rows), row_type_of(row_type), row_stride, at<const float>(scales), N, L, d};
 }
 

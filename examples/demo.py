@@ -149,7 +149,7 @@ def report(asked: list[Fact], result: trackstar.Result, unmixed: trackstar.Resul
 def found(asked: list[Fact], result: trackstar.Result) -> int:
     """For how many facts the passage that states it is among the result's."""
     return sum(
-        fact.passage in [result.store.id(index) for index in shown]
+        fact.passage in [result.corpus.id(index) for index in shown]
         for fact, shown in zip(asked, result.indices.tolist(), strict=True)
     )
 

@@ -9,7 +9,7 @@ from trackstar import GradientCollector, SketchSpec
 from trackstar.correction import Correction
 from trackstar.examples import encode_examples
 from trackstar.lean import LeanPass
-from trackstar.modules import fan, select_modules
+from trackstar.modules import select_weights
 from trackstar.tap import GradientTap
 
 HIDDEN, WIDE, EXAMPLES, LENGTH = 256, 1024, 128, 16
@@ -35,21 +35,21 @@ def main(kind, threads):
             eos_token_id=None,
         )
     )
-    modules = select_modules(model)
-    fans = {name: fan(module) for name, module in modules.items()}
+    weights = select_weights(model)
+    shapes = {name: weight.shape for name, weight in weights.items()}
     if kind == "rank":
-        factors = {name: (torch.ones(4, o), torch.ones(4, i)) for name, (i, o) in fans.items()}
+        factors = {name: (torch.ones(4, o), torch.ones(4, i)) for name, (o, i) in shapes.items()}
         correction = Correction("rank", "test", factors=factors)
     else:
-        scales = {name: torch.ones(o, i) for name, (i, o) in fans.items()}
+        scales = {name: torch.ones(o, i) for name, (o, i) in shapes.items()}
         correction = Correction("exact", "test", scales=scales)
     collector = GradientCollector(model, SketchSpec(), correction)
-    lean = LeanPass(model, modules.values())
+    lean = LeanPass(model, collector.modules.values())
     batch = lean.arrange(encode_examples([{"input_ids": list(range(LENGTH))}] * EXAMPLES, None))
     collector.offsets = batch.offsets
     with lean:
         for _ in range(2):
-            with GradientTap(modules, lambda *arguments: None):
+            with GradientTap(weights, lambda use: None):
                 lean.run(batch)
         before = peak()
         with collector:

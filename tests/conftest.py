@@ -58,7 +58,7 @@ def make_neox():
     )
 
 
-def make_gpt2():
+def make_gpt2(**changes):
     """Conv1D layers, whose weights are stored the other way round."""
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -69,6 +69,7 @@ def make_gpt2():
             n_positions=64,
             bos_token_id=None,
             eos_token_id=None,
+            **changes,
         )
     )
 
@@ -93,9 +94,18 @@ def make_examples(lengths, seed=0):
     return [{"input_ids": torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()} for n in lengths]
 
 
+def project(spec, weight, gradient):
+    """P_L g P_Rᵀ of a matrix, P g of a vector."""
+    if weight.kind in ("bias", "norm"):
+        return spec.vector_projection(weight.name, len(gradient)).double() @ gradient
+    left, right = spec.projections(weight.name, gradient.shape[1], gradient.shape[0])
+    return left.double() @ gradient @ right.double().T
+
+
 def explicit_rows(model, examples, spec, scales=None):
     """The definition: one backward pass per example, every gradient formed, P_L (g ∘ scale) P_Rᵀ in float64."""
-    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    weights = spec.weights(model)
     block_of = spec.block_of(model)
     rows = torch.zeros(len(examples), max(block_of.values()) + 1, spec.block_size, dtype=torch.float64)
     for i, example in enumerate(examples):
@@ -106,14 +116,14 @@ def explicit_rows(model, examples, spec, scales=None):
         model.zero_grad()
         logits = model(input_ids=ids).logits
         torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").backward()
-        for name, block in block_of.items():
-            gradient = modules[name].weight.grad.double()
-            if type(modules[name]).__name__ == "Conv1D":
-                gradient = gradient.T
+        for name, weight in weights.items():
+            gradient = parameters[weight.parameter].grad
+            if gradient is None:  # a mixture's expert that saw no token
+                continue
+            gradient = weight.view(gradient).double()
             if scales is not None:
                 gradient = gradient * scales[name]
-            left, right = spec.projections(name, gradient.shape[1], gradient.shape[0])
-            rows[i, block] += (left.double() @ gradient @ right.double().T).flatten()
+            rows[i, block_of[name]] += project(spec, weight, gradient).flatten()
     model.zero_grad()
     return rows
 

@@ -105,6 +105,39 @@ def test_build_then_query(folder, store, monkeypatch, capsys, tmp_path):
     assert line["proponent_ids"][0].startswith("fact-")
 
 
+def test_what_is_captured(folder, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "store"
+    base = (
+        "build",
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "data.jsonl",
+        "--out",
+        out,
+        "--sketch",
+        "2",
+    )
+    chosen = ("--modules", "!*.mlp.*", "--also", "norms", "--correction", "exact", "--estimate", "4")
+    code, _, err = call_main(monkeypatch, capsys, *base, *chosen)
+    assert code == 0, err
+    identity = json.loads(call_main(monkeypatch, capsys, "info", out)[1].split("\n", 1)[1])
+    assert (identity["spec"]["modules"], identity["spec"]["also"]) == (["!*.mlp.*"], ["norms"])
+    asked = (
+        "query",
+        out,
+        "--model",
+        folder / "model",
+        "--prompt",
+        "the capital of Kenya is",
+        "--target",
+        "Nairobi",
+    )
+    code, shown, err = call_main(monkeypatch, capsys, *asked, "-k", "2")
+    assert code == 0, err
+    assert "Nairobi" in shown
+
+
 def test_many_queries_from_a_file(folder, store, monkeypatch, capsys, tmp_path):
     queries = [
         {"prompt": "the capital of Peru is", "target": "Lima"},

@@ -233,20 +233,33 @@ def test_an_input_overwritten_in_place_is_refused():
 
 
 class Flattened(nn.Module):
-    """The second layer sees the tokens as if they were examples."""
+    """The second layer sees all tokens in one dimension, as some models' do, or twice as many examples."""
 
-    def __init__(self):
+    def __init__(self, twice=False):
         super().__init__()
-        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.one, self.two, self.twice = nn.Linear(4, 4), nn.Linear(4, 4), twice
 
     def forward(self, x):
-        return self.two(self.one(x).flatten(0, 1))
+        y = self.one(x)
+        return self.two(torch.cat([y, y]) if self.twice else y.flatten(0, 1)).tanh()
+
+
+def test_tokens_in_one_dimension_are_told_apart():
+    torch.manual_seed(0)
+    model, inputs, spec = Flattened(), torch.randn(2, 3, 4), SketchSpec(sketch=2)
+    with GradientCollector(model, spec) as collector:
+        model(inputs).square().sum().backward()
+    gradients = per_example_gradients(model, inputs, lambda y: y.square().sum())
+    for name, block in spec.block_of(model).items():
+        left, right = spec.projections(name, 4, 4)
+        wanted = torch.stack([(left @ g[f"{name}.weight"] @ right.T).flatten() for g in gradients])
+        assert relative_error(collector.rows[:, block], wanted) < TOLERANCE
 
 
 def test_batches_that_differ_between_modules_are_refused():
-    model = Flattened()
+    model = Flattened(twice=True)
     with (
-        pytest.raises(RuntimeError, match=r"must see the same batch as the others, 6 examples; it saw 2"),
+        pytest.raises(RuntimeError, match=r"must see the same batch as the others, 4 examples; it saw 2"),
         GradientCollector(model, SketchSpec(sketch=2)),
     ):
         model(torch.randn(2, 3, 4)).sum().backward()
@@ -257,9 +270,12 @@ def test_batches_that_differ_between_modules_are_refused():
     [
         (
             SketchSpec(modules=["nothing.*"]),
-            "pattern 'nothing.*' must match a Linear or Conv1D layer, matched none",
+            "pattern 'nothing.*' must match a matrix that can be captured, matched none",
         ),
-        (SketchSpec(modules=["*embed_tokens"]), "matched only 'model.embed_tokens', a Embedding"),
+        (
+            SketchSpec(modules=["*embed_tokens"]),
+            "matched only 'model.embed_tokens', which takes also=\\('embeddings',\\)",
+        ),
         (SketchSpec(blocks=64), "blocks must be at most 4 for this model's 14 modules, got 64"),
     ],
 )

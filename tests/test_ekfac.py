@@ -16,7 +16,7 @@ from trackstar.ekfac.sampling import LEVELS, coins_of, draw, sampled_nll
 from trackstar.ekfac.scoring import scores_of, terms_of, thin_queries, whole_query
 from trackstar.examples import encode_examples, encode_queries
 from trackstar.losses import nll
-from trackstar.modules import select_modules
+from trackstar.modules import select_weights
 from transformers.modeling_outputs import CausalLMOutput
 
 pytestmark = pytest.mark.usefixtures("unsynced")
@@ -61,7 +61,7 @@ def test_examples_gradients_are_autograd_s(model, biases):
     given = make_examples(LENGTHS)
     given[2]["labels"] = [*given[2]["input_ids"][:4], *[-100] * 13]
     examples = encode_examples(given, None)
-    modules = select_modules(model)
+    modules = {name: weight.module for name, weight in select_weights(model).items()}
     for example, seen in zip(examples, seen_tokens(model, examples, biases=biases), strict=True):
         wanted = token_gradients(model, modules, example, biases=biases)
         assert list(wanted) == list(modules)
@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_dense_inverse(small, tmp_path, biases):
     model = small
     given = make_examples(LENGTHS)
     examples, queries = encode_examples(given, None), encode_queries(QUERIES, None)
-    modules = select_modules(model)
+    modules = {name: weight.module for name, weight in select_weights(model).items()}
     factors = fit_factors(tmp_path / "factors", model, given, biases=biases)
     result = influence(factors, model, given, QUERIES, k=len(given), damping=0.1)
     drawn = drawn_gradients(model, modules, examples, biases=biases)
@@ -101,9 +101,9 @@ def test_scores_are_those_of_the_dense_inverse(small, tmp_path, biases):
         curvatures,
         *([token_gradients(model, modules, e, biases=biases) for e in side] for side in (queries, examples)),
     )
-    assert result.modules == tuple(modules)
+    assert result.blocks == tuple(modules)
     for q in range(len(queries)):
-        assert close(result.by_module[q], wanted[q][result.indices[q]], 1e-3)
+        assert close(result.by_block[q], wanted[q][result.indices[q]], 1e-3)
         assert close(result.scores[q], wanted[q].sum(1)[result.indices[q]], 1e-3)
         assert result.indices[q].tolist() == wanted[q].sum(1).argsort(descending=True).tolist()
 
@@ -260,19 +260,20 @@ def test_terms_are_tokens_and_modules_and_sum_to_the_score(llama, tmp_path):
     given[1]["labels"] = [-100, *given[1]["input_ids"][1:5], -100, -100, -100, -100]
     factors = fit_factors(tmp_path / "factors", llama, given)
     result = influence(factors, llama, given, QUERIES, k=len(given))
-    capture, modules = TokenCapture(llama), select_modules(llama)
+    capture = TokenCapture(llama)
+    modules = capture.modules
     inverse = DampedInverse(factors, 0.1, torch.device("cpu"))
     for q, query in enumerate(encode_queries(QUERIES, None)):
         whole = whole_query(capture, query, inverse, nll)
         for place, index in enumerate(result.indices[q].tolist()):
-            example = result.corpus[index]
+            example = result.corpus.encoded[index]
             wanted = torch.zeros(len(example), len(modules), dtype=torch.float64)
             for layer, (name, (x, delta)) in enumerate(token_gradients(llama, modules, example).items()):
                 wanted[: len(x), layer] = ((delta @ whole[name].double()) * x).sum(1)
             assert close(result.by_token[q][place], wanted.sum(1), 1e-4)
-            assert close(result.by_module[q, place], wanted.sum(0), 1e-4)
+            assert close(result.by_block[q, place], wanted.sum(0), 1e-4)
         scale = result.scores[q].abs().max()
-        assert (result.by_module[q].sum(1) - result.scores[q]).abs().max() < 1e-5 * scale
+        assert (result.by_block[q].sum(1) - result.scores[q]).abs().max() < 1e-5 * scale
         sums = torch.stack([terms.sum() for terms in result.by_token[q]])
         assert (sums - result.scores[q]).abs().max() < 1e-5 * scale
 
@@ -292,13 +293,13 @@ def test_an_influence_is_how_much_a_loss_falls(tmp_path):
         moved = make_neox().double().eval()
         moved.load_state_dict(model.state_dict())
         with torch.no_grad():
-            for name, module in select_modules(moved).items():
-                module.weight -= size * step[name].double()
+            for name, weight in select_weights(moved).items():
+                weight.module.weight -= size * step[name].double()
             logits = moved(input_ids=ids).logits[0, :-1]
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
 
     for place in (0, len(given) - 1):
-        step = whole_query(capture, result.corpus[int(result.indices[0, place])], inverse, nll)
+        step = whole_query(capture, result.corpus.encoded[int(result.indices[0, place])], inverse, nll)
         size = 1e-4 / max(part.norm().item() for part in step.values())
         fall = (loss_after(step, -size) - loss_after(step, size)) / (2 * size)
         assert fall == pytest.approx(result.scores[0, place].item(), rel=1e-3)

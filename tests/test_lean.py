@@ -10,7 +10,7 @@ from trackstar import GradientCollector, SketchSpec, lean
 from trackstar.examples import encode_examples
 from trackstar.lean import LeanPass
 from trackstar.losses import LOSSES
-from trackstar.modules import select_modules
+from trackstar.modules import select_weights
 from trackstar.second_moments import SecondMoments
 from trackstar.tap import GradientTap
 
@@ -41,7 +41,7 @@ def make_odd(name):
 
 
 def lean_pass(model):
-    return LeanPass(model, select_modules(model).values())
+    return LeanPass(model, [weight.module for weight in select_weights(model).values()])
 
 
 def collected(model, examples, **options):
@@ -179,7 +179,7 @@ def test_the_batch_s_logits_never_exist():
     model = make_llama(vocab_size=vocabulary, max_position_embeddings=512)
     one = lean_pass(model)
     batch = one.arrange(encode_examples([{"input_ids": list(range(n))} for n in lengths], None))
-    with torch.profiler.profile(profile_memory=True) as profile, one, GradientTap(one_module(model), ignore):
+    with torch.profiler.profile(profile_memory=True) as profile, one, GradientTap(one_weight(model), ignore):
         one.run(batch)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest == 4 * lean.CHUNK_TOKENS * vocabulary  # a chunk's logits, and nothing is larger
@@ -197,7 +197,7 @@ def test_frozen_parts_get_no_gradient(llama):
                 products.append(function)
             return function(*args, **kwargs or {})
 
-    with one, GradientTap(select_modules(llama), ignore), Watch():
+    with one, GradientTap(select_weights(llama), ignore), Watch():
         one.run(batch)
     # 7 matrices a layer forward, as many backward but for the first layer's q, k and v, and the head twice:
     # its two products with out= are another overload.
@@ -205,11 +205,11 @@ def test_frozen_parts_get_no_gradient(llama):
     assert all(p.grad is None for p in llama.parameters())
 
 
-def one_module(model):
-    return dict(list(select_modules(model).items())[:1])
+def one_weight(model):
+    return dict(list(select_weights(model).items())[:1])
 
 
-def ignore(name, activations, output_grads):
+def ignore(use):
     pass
 
 
@@ -220,10 +220,10 @@ def test_the_model_is_left_as_it_was(llama):
     assert (llama.config._attn_implementation, llama.training) == (before, True)
     batch = one.arrange(encode_examples(make_examples((6, 9)), None))
 
-    def fail(name, activations, output_grads):
-        raise KeyError(name)
+    def fail(use):
+        raise KeyError(use.name)
 
-    with pytest.raises(KeyError), one, GradientTap(one_module(llama), fail):
+    with pytest.raises(KeyError), one, GradientTap(one_weight(llama), fail):
         one.run(batch)
     assert (llama.config._attn_implementation, llama.training) == (before, True)
     assert all(p.requires_grad and p.grad is None for p in llama.parameters())
@@ -231,14 +231,14 @@ def test_the_model_is_left_as_it_was(llama):
 
 def test_second_moments_do_not_depend_on_packing(llama):
     examples = make_examples((4, 9, 9))
-    modules = select_modules(llama)
-    wanted = dict.fromkeys(modules, 0.0)
+    weights = select_weights(llama)
+    wanted = dict.fromkeys(weights, 0.0)
     for example in examples:
         ids = torch.tensor([example["input_ids"]])
         llama.zero_grad()
         (llama(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)).backward()
-        for name, module in modules.items():
-            wanted[name] = wanted[name] + module.weight.grad.square() / len(examples)
+        for name, weight in weights.items():
+            wanted[name] = wanted[name] + weight.module.weight.grad.square() / len(examples)
     llama.zero_grad()
     for name, v in SecondMoments.estimate(llama, examples).moments.items():
         torch.testing.assert_close(v, wanted[name], rtol=1e-4, atol=1e-10)

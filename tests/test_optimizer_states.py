@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from trackstar import SecondMoments
-from trackstar.modules import is_conv1d, select_modules
+from trackstar import SecondMoments, SketchSpec
+from trackstar.modules import select_weights
 from trackstar.optimizer_files import QUANTIZED
+from trackstar.weights import is_conv1d
 
 UP = "model.layers.1.mlp.up_proj"
 STEPS = 3
@@ -46,10 +47,10 @@ def weight(model, module):
 def check_adam(second, model, optimizer, source="optimizer:adam", eps=EPS, steps=STEPS):
     """Every module's V is the optimizer's exp_avg_sq / (1 − β₂^step), to the bit."""
     assert second.source == source
-    assert list(second.moments) == list(select_modules(model))
-    for name, module in select_modules(model).items():
-        v = optimizer.state[module.weight]["exp_avg_sq"] / (1 - BETAS[1] ** steps)
-        assert torch.equal(second.moments[name], v.T if is_conv1d(module) else v), name
+    assert list(second.moments) == list(select_weights(model))
+    for name, captured in select_weights(model).items():
+        v = optimizer.state[captured.module.weight]["exp_avg_sq"] / (1 - BETAS[1] ** steps)
+        assert torch.equal(second.moments[name], v.T if is_conv1d(captured.module) else v), name
         assert second.eps[name] == eps
 
 
@@ -245,10 +246,12 @@ def test_a_real_trainers_checkpoint(make, optim, tmp_path, capsys):
         check_adam(second, model, optimizer, steps=2)
         return
     assert second.source == "optimizer:adafactor"
-    for name, module in select_modules(model).items():
-        state = optimizer.state[module.weight]
+    for name, captured in select_weights(model).items():
+        state = optimizer.state[captured.module.weight]
         factors = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        assert all(map(torch.equal, second.moments[name], factors[::-1] if is_conv1d(module) else factors))
+        assert all(
+            map(torch.equal, second.moments[name], factors[::-1] if is_conv1d(captured.module) else factors)
+        )
 
 
 def test_a_real_accelerate_checkpoint(llama, tmp_path):
@@ -294,7 +297,7 @@ def test_only_wanted_modules_are_read(llama):
     state = adam(llama).state_dict()
     places = {name: i for i, (name, _) in enumerate(llama.named_parameters())}
     state["state"][places["model.layers.0.self_attn.q_proj.weight"]]["exp_avg_sq"].fill_(torch.nan)
-    second = SecondMoments.from_optimizer(state, llama, modules=["*.mlp.*"])
+    second = SecondMoments.from_optimizer(state, llama, spec=SketchSpec(modules=["*.mlp.*"]))
     assert len(second.moments) == 6
 
 

@@ -16,7 +16,7 @@ from trackstar import SketchSpec, build_store
 from trackstar.dry_run import MemoryMeter, dry_run
 from trackstar.examples import encode_examples
 from trackstar.lean import LeanPass
-from trackstar.modules import select_modules
+from trackstar.modules import select_weights
 from trackstar.needs import Corpus, Question
 from trackstar.plan import amount, describe, duration, planned_job
 from trackstar.rates import GPUS, measured_rates
@@ -42,14 +42,14 @@ def job_for(corpus, spec=None, **changes):
 def test_a_pass_on_shapes_costs_what_one_on_numbers_costs(name):
     examples = encode_examples(make_examples((12,) * 16), None)
     model = MAKERS[name]().eval()
-    modules = select_modules(model)
-    lean = LeanPass(model, modules.values())
+    weights = select_weights(model)
+    lean = LeanPass(model, [weight.module for weight in weights.values()])
     counter = FlopCounterMode(display=False)
     batch = lean.arrange(examples)
-    with lean, counter, MemoryMeter() as memory, GradientTap(modules, lambda *call: None):
+    with lean, counter, MemoryMeter() as memory, GradientTap(weights, lambda use: None):
         lean.run(batch)
     shapes = of_shapes(MAKERS[name])
-    cost = dry_run(shapes, select_modules(shapes), examples)
+    cost = dry_run(shapes, select_weights(shapes), examples)
     assert cost.bytes == memory.peak > 0
     # The counter that knows nothing of attention counts the products of weights.
     assert cost.flops >= counter.get_total_flops() > 0
@@ -62,7 +62,7 @@ def test_a_model_that_looks_at_its_numbers_cannot_be_planned_for(monkeypatch):
         type(model.model.norm), "forward", lambda self, x: forward(self, x) if x.sum() > 0 else x
     )
     with pytest.raises(ValueError, match=r"model must run on shapes alone .*; LlamaForCausalLM does not: "):
-        dry_run(model, select_modules(model), encode_examples(make_examples((5,)), None))
+        dry_run(model, select_weights(model), encode_examples(make_examples((5,)), None))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

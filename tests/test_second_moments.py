@@ -4,7 +4,8 @@ from conftest import make_examples
 from torch import nn
 from trackstar import SecondMoments, fingerprint
 from trackstar.correction import Correction, fit_rank
-from trackstar.modules import is_conv1d, select_modules
+from trackstar.modules import select_weights
+from trackstar.weights import is_conv1d
 
 
 def test_estimate_is_the_mean_of_squared_gradients(model):
@@ -17,9 +18,9 @@ def test_estimate_is_the_mean_of_squared_gradients(model):
         ids = torch.tensor([example["input_ids"]])
         logits = model(input_ids=ids).logits[0]
         nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").backward()
-        for name, module in select_modules(model).items():
-            gradient = module.weight.grad.double()
-            sums[name] += (gradient.T if is_conv1d(module) else gradient) ** 2
+        for name, weight in select_weights(model).items():
+            gradient = weight.module.weight.grad.double()
+            sums[name] += (gradient.T if is_conv1d(weight.module) else gradient) ** 2
     for name, v in second.moments.items():
         assert (v - sums[name] / 3).norm() < 1e-4 * (sums[name] / 3).norm()
         assert second.eps[name] == pytest.approx(0.01 * v.mean().sqrt().item())

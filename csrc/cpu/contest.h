@@ -8,9 +8,21 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/reservoir.h"
-
 namespace trackstar {
+
+struct Candidate {
+  float score;
+  int64_t position;
+};
+
+// The order of results: larger scores first, NaN last, ties to the smaller position.
+inline bool better(const Candidate& a, const Candidate& b) {
+  if (a.score > b.score) return true;
+  if (a.score < b.score) return false;
+  bool a_nan = std::isnan(a.score), b_nan = std::isnan(b.score);
+  if (a_nan != b_nan) return b_nan;
+  return a.position < b.position;
+}
 
 // Rows enter with an upper bound of their score and wait. Now and then the waiting are scored exactly, the most
 // promising first, until none that is left can reach the k best. Memory is bounded however loose the bounds.

@@ -36,8 +36,10 @@ class Filter : public Search {
   Filter(const Sought& sought, const std::vector<TopK>& tops);
 
   void finish() override;
-  const std::vector<Candidate>& candidates(size_t top, size_t query) const override {
-    return sides_[top].contests[query].best();
+  void collect(size_t top, size_t query, std::vector<Key>& keys) const override {
+    for (const Candidate& candidate : sides_[top].contests[query].best()) {
+      keys.push_back(key_of(candidate.score, static_cast<uint32_t>(candidate.position)));
+    }
   }
   int64_t rescored(size_t top, size_t query) const override { return sides_[top].contests[query].scored(); }
 

@@ -28,13 +28,19 @@ Matrix::Matrix(size_t count, size_t L, size_t d, size_t spacing)
 
 void Matrix::set_block(size_t b, const float* vectors, size_t stride) {
   const size_t group = kernels_->group, lanes = kernels_->lanes;
+  constexpr size_t kStretch =
+      256;  // of a vector, copied before the next vector's: few enough lines to stay in cache
   for (Panel& panel : panels_) {
     const size_t width = panel.kernel->queries, last = std::min(panel.first + width, count_);
     float* values = panel.values.data() + b * spacing_ * width;
-    for (size_t i = 0; i < d_; i += group, values += width * group) {
-      const size_t together = std::min(group, d_ - i);
+    for (size_t begin = 0; begin < d_; begin += kStretch) {
+      const size_t end = std::min(begin + kStretch, d_);
       for (size_t v = panel.first; v < last; ++v) {
-        std::copy_n(vectors + v * stride + i, together, values + (v - panel.first) * group);
+        const float* from = vectors + v * stride;
+        float* to = values + begin * width + (v - panel.first) * group;
+        for (size_t i = begin; i < end; i += group, to += width * group) {
+          for (size_t j = 0; j < group && i + j < end; ++j) to[j] = from[i + j];
+        }
       }
     }
   }

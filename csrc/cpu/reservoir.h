@@ -5,59 +5,71 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 namespace trackstar {
 
-struct Candidate {
-  float score;
-  int64_t position;
-};
+// A score and a position in one number: results are in the order of their keys, larger scores first, NaN last, ties to
+// the smaller position.
+using Key = uint64_t;
 
-// The order of results: larger scores first, NaN last, ties to the smaller position.
-inline bool better(const Candidate& a, const Candidate& b) {
-  if (a.score > b.score) return true;
-  if (a.score < b.score) return false;
-  bool a_nan = std::isnan(a.score), b_nan = std::isnan(b.score);
-  if (a_nan != b_nan) return b_nan;
-  return a.position < b.position;
+inline Key key_of(float score, uint32_t position) {
+  uint32_t bits = ~uint32_t{0};
+  if (!std::isnan(score)) {
+    score += 0.0f;  // no minus zero
+    std::memcpy(&bits, &score, sizeof bits);
+    // As whole numbers, floats are in order from zero to infinity, and in reverse below zero.
+    bits = bits >> 31 ? bits : ~bits & 0x7FFFFFFF;
+  }
+  return Key{bits} << 32 | position;
 }
 
-// The k best of the candidates offered so far, among some that were not yet weeded out. Positions come in
-// ascending order, so a candidate that only equals the threshold has lost its tie.
+inline float score_of(Key key) {
+  auto bits = static_cast<uint32_t>(key >> 32);
+  if (!(bits >> 31)) bits = ~bits & 0x7FFFFFFF;
+  float score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
+}
+
+inline uint32_t position_of(Key key) { return static_cast<uint32_t>(key); }
+
+// The k best of what was offered so far, among some that were not yet weeded out. Positions come in ascending order,
+// so a score that only equals the threshold has lost its tie.
 class Reservoir {
  public:
   Reservoir(size_t k, size_t offers) : k_(k), capacity_(std::min(capacity(k), offers)) {
-    candidates_.reserve(capacity_);
+    keys_.reserve(capacity_);
   }
 
-  // Most candidates held for k results: room to weed seldom, few enough for the threshold to follow.
+  // Most keys held for k results: room to weed seldom, few enough for the threshold to follow.
   static size_t capacity(size_t k) { return 2 * k + 64; }
 
   // A NaN threshold, which it is until something is known, lets everything through.
   bool wants(float score) const { return !(score <= threshold_); }
   float threshold() const { return threshold_; }
 
-  void add(float score, int64_t position) {
-    if (candidates_.size() == capacity_) weed();
-    candidates_.push_back({score, position});
+  void add(float score, uint32_t position) {
+    if (keys_.size() == capacity_) weed();
+    keys_.push_back(key_of(score, position));
   }
 
-  const std::vector<Candidate>& candidates() const { return candidates_; }
+  const std::vector<Key>& keys() const { return keys_; }
 
  private:
   void weed() {
-    auto kth = candidates_.begin() + static_cast<ptrdiff_t>(k_ - 1);
-    std::nth_element(candidates_.begin(), kth, candidates_.end(), better);
-    threshold_ = kth->score;
-    candidates_.resize(k_);
+    auto kth = keys_.begin() + static_cast<ptrdiff_t>(k_ - 1);
+    std::nth_element(keys_.begin(), kth, keys_.end());
+    threshold_ = score_of(*kth);
+    keys_.resize(k_);
   }
 
   size_t k_;
   size_t capacity_;
   float threshold_ = std::numeric_limits<float>::quiet_NaN();
-  std::vector<Candidate> candidates_;
+  std::vector<Key> keys_;
 };
 
 }  // namespace trackstar

@@ -5,7 +5,6 @@
 namespace trackstar {
 namespace {
 
-constexpr size_t kAheadBytes = 1024;  // what is fetched before a panel kernel reads it
 constexpr size_t kLineBytes = 64;
 constexpr size_t kFetchStep = 16;  // numbers: where kernels look whether a line is due
 
@@ -85,17 +84,21 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
 void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride) {
   const DotKernel& kernel = type_.dot[matrix.count() - 1];
   const size_t block_rows = kernel.rows, max_depth = kDepth * kernels_.lanes;
+  const size_t row_bytes = rows_.L * block_bytes_;
   for (size_t first = 0; first < count_; first += block_rows) {
     for (size_t i = 0; i < rows_.d; i += max_depth) {
       const size_t depth = std::min(max_depth, rows_.d - i);
       const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i);
-      const size_t end = offset + block_bytes(rows_.type, depth);
-      const bool last = end == rows_.L * block_bytes_;
+      const size_t bytes = block_bytes(rows_.type, depth), end = offset + bytes;
+      // What a short call reads was fetched by the one before; it fetches for the one after the next.
+      const size_t later = bytes > kAheadBytes ? end : end + kAheadBytes;
+      const char* const* const next_rows = later < row_bytes ? tile_.data() : next_tile_.data();
+      const size_t next_offset = later < row_bytes ? later : later - row_bytes;
       const void *rows[kMaxBlockRows], *next[kMaxBlockRows];
       float scale[kMaxBlockRows];
       for (size_t r = 0; r < block_rows; ++r) {
         rows[r] = tile_[first + r] + offset;
-        next[r] = last ? next_tile_[first + r] : tile_[first + r] + end;
+        next[r] = next_rows[first + r] + next_offset;
         if (codes_) {
           float* wide = wide_.data() + r * kDepth * kernels_.lanes;
           widen_row(rows[r], depth, wide);

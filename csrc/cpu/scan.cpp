@@ -54,13 +54,13 @@ void Scan::run(size_t begin, size_t end) {
       const size_t found =
           kernels_.outside(scores, above_.data(), below_.data(), width_, interesting_.data());
       for (size_t i = 0; i < found; ++i) {
-        offer(interesting_[i], scores[interesting_[i]], static_cast<int64_t>(row + r));
+        offer(interesting_[i], scores[interesting_[i]], static_cast<uint32_t>(row + r));
       }
     }
   }
 }
 
-void Scan::offer(size_t query, float score, int64_t position) {
+void Scan::offer(size_t query, float score, uint32_t position) {
   for (Selection& selection : selections_) {
     if (query >= selection.reservoirs.size()) return;  // the NaN of a padding column
     Reservoir& reservoir = selection.reservoirs[query];
@@ -74,11 +74,9 @@ void Scan::offer(size_t query, float score, int64_t position) {
 
 void run_scans(const std::vector<std::unique_ptr<Search>>& scans, size_t N, const std::vector<TopK>& tops) {
   const auto threads = static_cast<int>(scans.size());
-  std::vector<std::vector<Candidate>> merged(threads);
-  for (auto& candidates : merged) {
-    for (const TopK& top : tops) {
-      candidates.reserve(std::min(threads * Reservoir::capacity(top.k), N));
-    }
+  std::vector<std::vector<Key>> merged(threads);
+  for (auto& keys : merged) {
+    for (const TopK& top : tops) keys.reserve(std::min(threads * Reservoir::capacity(top.k), N));
   }
 
   // A thread reads through the tiles of its turn without a break.
@@ -100,15 +98,15 @@ void run_scans(const std::vector<std::unique_ptr<Search>>& scans, size_t N, cons
     const size_t q = i % Q;
     auto& best = merged[thread_index()];
     best.clear();
-    for (const auto& scan : scans) {
-      const auto& candidates = scan->candidates(i / Q, q);
-      best.insert(best.end(), candidates.begin(), candidates.end());
-    }
+    for (const auto& scan : scans) scan->collect(i / Q, q, best);
     const size_t found = std::min(top.k, best.size());
-    std::partial_sort(best.begin(), best.begin() + static_cast<ptrdiff_t>(found), best.end(), better);
+    const auto last = best.begin() + static_cast<ptrdiff_t>(found);
+    std::nth_element(best.begin(), last, best.end());
+    std::sort(best.begin(), last);
     for (size_t j = 0; j < found; ++j) {
-      top.scores[q * top.k + j] = top.largest ? best[j].score : 0.0f - best[j].score;  // no minus zero
-      top.positions[q * top.k + j] = best[j].position;
+      const float score = score_of(best[j]);
+      top.scores[q * top.k + j] = top.largest ? score : 0.0f - score;  // no minus zero
+      top.positions[q * top.k + j] = position_of(best[j]);
     }
   }
 }

@@ -25,8 +25,9 @@ class Search {
 
   // Rows that are looked at together.
   virtual size_t tile_rows() const = 0;
-  // The best for the query under tops[top], maybe with others; scores are negated where the smallest are wanted.
-  virtual const std::vector<Candidate>& candidates(size_t top, size_t query) const = 0;
+  // Adds the best for the query under tops[top], maybe with others; scores are negated where the smallest are
+  // wanted.
+  virtual void collect(size_t top, size_t query, std::vector<Key>& keys) const = 0;
   // How many rows were scored a second time for that query.
   virtual int64_t rescored(size_t, size_t) const { return 0; }
 };
@@ -39,8 +40,9 @@ class Scan : public Search {
 
   void run(size_t begin, size_t end) final;
   size_t tile_rows() const final { return tile_rows_; }
-  const std::vector<Candidate>& candidates(size_t top, size_t query) const final {
-    return selections_[top].reservoirs[query].candidates();
+  void collect(size_t top, size_t query, std::vector<Key>& keys) const final {
+    const std::vector<Key>& found = selections_[top].reservoirs[query].keys();
+    keys.insert(keys.end(), found.begin(), found.end());
   }
 
  protected:
@@ -59,7 +61,7 @@ class Scan : public Search {
     std::vector<Reservoir> reservoirs;
   };
 
-  void offer(size_t query, float score, int64_t position);
+  void offer(size_t query, float score, uint32_t position);
 
   size_t tile_rows_;
   std::vector<Selection> selections_;

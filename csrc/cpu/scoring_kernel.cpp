@@ -21,7 +21,6 @@ constexpr int kGroup = 1;
 #endif
 
 constexpr size_t kLineBytes = 64;
-constexpr size_t kDotAheadBytes = 1024;  // what a dot kernel fetches ahead of its reading
 
 // ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
 
@@ -46,7 +45,7 @@ template <int kQueries, typename T>
 __attribute__((noinline)) void dot(const void* const* rows, const void* const* next, const float* queries,
                                    size_t depth, const float* scale, float* scores, size_t score_stride) {
   constexpr int kRows = dot_rows(kQueries);
-  constexpr size_t kLine = kLineBytes / sizeof(T), kAhead = kDotAheadBytes / sizeof(T);
+  constexpr size_t kLine = kLineBytes / sizeof(T), kAhead = kAheadBytes / sizeof(T);
   const T* row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = static_cast<const T*>(rows[r]);

@@ -16,7 +16,8 @@ namespace trackstar {
 // fetch into cache what will be read later: rows lie too far apart for the hardware to see that coming.
 
 // Few queries, rows as they are stored. Queries are interleaved by vectors of `lanes` numbers: the first vector
-// of each, the second of each, …, and what is left of each. Every row is read on from next[r] after this call.
+// of each, the second of each, …, and what is left of each. A call fetches what it reads kAheadBytes later, but for
+// its last kAheadBytes, or all that it reads if that is less: for those as much from next[r].
 struct DotKernel {
   int rows;
   void (*run)(const void* const* rows, const void* const* next, const float* queries, size_t depth,
@@ -37,6 +38,7 @@ struct PanelKernel {
               const float* scale, float* scores, size_t score_stride);
 };
 
+constexpr size_t kAheadBytes = 1024;  // how long before a row is read its lines are fetched
 constexpr int kMaxDotQueries = 4;
 constexpr int kMaxBlockRows = 12;
 

@@ -13,7 +13,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from trackstar.append import append_store as append_store
-    from trackstar.attribution import Result as Result
     from trackstar.attribution import attribute as attribute
     from trackstar.build import build_store as build_store
     from trackstar.collector import GradientCollector as GradientCollector
@@ -24,22 +23,25 @@ if TYPE_CHECKING:
     from trackstar.passes import collect_rows as collect_rows
     from trackstar.repair import repair_store as repair_store
     from trackstar.report import print_result as print_result
+    from trackstar.result import Result as Result
     from trackstar.rewriting import reencode_store as reencode_store
     from trackstar.rewriting import rewhiten_store as rewhiten_store
     from trackstar.second_moments import SecondMoments as SecondMoments
     from trackstar.spec import SketchSpec as SketchSpec
     from trackstar.store import Store as Store
     from trackstar.store import open_store as open_store
+    from trackstar.training import TrainerRows as TrainerRows
     from trackstar.verify import verify_store as verify_store
 
 _HOMES = {
     "Correction": "correction",
     "GradientCollector": "collector",
-    "Result": "attribution",
+    "Result": "result",
     "SecondMoments": "second_moments",
     "SketchSpec": "spec",
     "Store": "store",
     "StoreError": "errors",
+    "TrainerRows": "training",
     "append_store": "append",
     "attribute": "attribution",
     "build_store": "build",

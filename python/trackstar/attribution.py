@@ -1,10 +1,7 @@
 """Asking a store which training examples made a model say this."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
 from trackstar.passes import check_model, rows_of, vocabulary_size
+from trackstar.result import Result
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
 from trackstar.selection import Where, select
 from trackstar.store import Store
@@ -24,72 +22,6 @@ from trackstar_kernels import encode_rows
 
 WHITENED_TOGETHER = 64
 """Queries that are whitened at a time: what that takes beside them is not to grow with their number."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The most influential training examples of each query, best first.
-
-    Attributes:
-        scores: (Q, k) float32, the influence I(m, q), a cosine: from −1 to 1.
-        indices: (Q, k) int64, positions in the store's corpus.
-        mixing: λ, the share of the queries' own curvature in R.
-        largest: True for proponents, False for opponents (the lowest scores, lowest first).
-        queries: what was asked.
-        store: the store that answered.
-        opponents: the same queries' lowest scores, where they were asked for too.
-    """
-
-    scores: torch.Tensor
-    indices: torch.Tensor
-    mixing: float
-    largest: bool
-    queries: Sequence[EncodedQuery]
-    store: Store
-    opponents: "Result | None" = None
-
-    def to_jsonl(
-        self, path: str | os.PathLike[str], *, query_set: str = "queries", opponents: "Result | None" = None
-    ) -> None:
-        """Write one line per query in the format of the paper's viewer.
-
-        Fields: example_id, query_set, inputs_plaintext, targets_plaintext, proponents, proponent_ids,
-        proponent_scores; and the same three for opponents where they are given, or are what this result holds.
-
-        Args:
-            path: the file; replaced as a whole, or, where anything goes wrong, left as it is.
-            query_set: name of the set of queries.
-            opponents: the same queries' result with ``largest=False``; None for those that this result has.
-        """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".new")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                for i, query in enumerate(self.queries):
-                    line: dict[str, object] = {
-                        "example_id": query.id,
-                        "query_set": query_set,
-                        "inputs_plaintext": query.prompt,
-                        "targets_plaintext": query.target,
-                    }
-                    for result in (self, opponents or self.opponents):
-                        if result is not None:
-                            line |= result._passages(i)
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def _passages(self, query: int) -> dict[str, object]:
-        name = "proponent" if self.largest else "opponent"
-        indices = self.indices[query].tolist()
-        return {
-            f"{name}s": [self.store.text(i) for i in indices],
-            f"{name}_ids": [self.store.id(i) for i in indices],
-            f"{name}_scores": self.scores[query].tolist(),
-        }
 
 
 def query_rows(
@@ -205,8 +137,11 @@ def attribute(
     scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device)
     rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
     found, used = _answer(scan, rows, mixing)
-    last = Result(*found[-1], used, directions[-1], encoded, store)
-    return Result(*found[0], used, True, encoded, store, opponents=last) if opponents else last
+    results = [
+        Result(*best, encoded, store, mixing=used, largest=largest)
+        for best, largest in zip(found, directions, strict=True)
+    ]
+    return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
 
 
 def _plan(

@@ -25,6 +25,7 @@ from trackstar.examples import Encoded, check_vocabulary, encode_examples
 from trackstar.layout import CODES, WIDE, Layout
 from trackstar.lean import LeanPass
 from trackstar.manifest import Manifest
+from trackstar.numerics import check_numerics
 from trackstar.passes import check_model, position_limit, rows_of, vocabulary_size
 from trackstar.plan import plan_build
 from trackstar.progress import console, track
@@ -178,6 +179,8 @@ def build_store(
             console().print(str(plan), soft_wrap=True)
             for reason in lean.skipped:
                 console().print(f"slower than it could be: {reason}", soft_wrap=True)
+            if (moved := check_numerics(lean, encoded, collector)) is not None:
+                console().print(f"warning: {moved}", soft_wrap=True)
             plan.require_disk()
             if correction is not None and writer.manifest.correction is None:
                 writer.commit(replace(writer.manifest, correction=write_correction(path, correction)))

@@ -8,6 +8,7 @@ import typer
 
 from trackstar import cli_plan, cli_stores
 from trackstar.cli_options import (
+    AlsoOption,
     BlocksOption,
     CorrectionKind,
     CorrectionOption,
@@ -16,6 +17,7 @@ from trackstar.cli_options import (
     DtypeOption,
     KindOption,
     ModelOption,
+    ModulesOption,
     OptimizerOption,
     SketchKind,
     SketchOption,
@@ -53,16 +55,18 @@ def build(
     sketch: SketchOption = 16,
     blocks: BlocksOption = "module",
     kind: KindOption = SketchKind.rademacher,
+    modules: ModulesOption = None,
+    also: AlsoOption = None,
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the projections.")] = 0,
 ) -> None:
     """Encode a corpus into a store, once; every later query is one scan of it."""
     from trackstar.build import build_store
 
-    spec = make_spec(sketch, blocks, kind, seed)
+    spec = make_spec(sketch, blocks, kind, seed, modules, also)
     examples = read_jsonl(data, "--data")
     network, tokenizer = load_model(model)
-    chosen = _correction(network, tokenizer, examples, optimizer, correction, rank, estimate)
+    chosen = _correction(network, tokenizer, examples, spec, optimizer, correction, rank, estimate)
     store = build_store(
         out,
         network,
@@ -169,6 +173,7 @@ def _correction(
     model: Any,
     tokenizer: Any,
     examples: list[dict[str, Any]],
+    spec: Any,
     optimizer: Path | None,
     kind: CorrectionKind,
     rank: int,
@@ -182,10 +187,12 @@ def _correction(
             raise typer.BadParameter("--optimizer needs --correction rank or exact")
         return None
     if optimizer is not None:
-        return SecondMoments.from_optimizer(optimizer, model).correction(kind.value, rank=rank)
+        moments = SecondMoments.from_optimizer(optimizer, model, spec=spec)
+        return moments.correction(kind.value, rank=rank)
     sample = examples[:: max(len(examples) // estimate, 1)][:estimate]
     console().print(f"estimating second moments from {len(sample)} examples (no --optimizer was given)")
-    return SecondMoments.estimate(model, sample, tokenizer=tokenizer).correction(kind.value, rank=rank)
+    moments = SecondMoments.estimate(model, sample, tokenizer=tokenizer, spec=spec)
+    return moments.correction(kind.value, rank=rank)
 
 
 def main() -> None:

@@ -35,6 +35,15 @@ class SketchKind(StrEnum):
     countsketch = "countsketch"
 
 
+class Also(StrEnum):
+    """What can be captured besides attention and MLP matrices."""
+
+    embeddings = "embeddings"
+    lm_head = "lm_head"
+    biases = "biases"
+    norms = "norms"
+
+
 class Wide(StrEnum):
     """Dtypes of a wider copy of the rows."""
 
@@ -66,6 +75,14 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the stored rows.")]
 WideOption = Annotated[
     Wide | None, typer.Option(help="Dtype of a wider copy of int8, int4 or sign rows, for exact answers.")
 ]
+ModulesOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help='What to capture, or after a "!" leave out; may be given often.'),
+]
+AlsoOption = Annotated[
+    list[Also] | None,
+    typer.Option(help="What to capture besides attention and MLP matrices; may be given often."),
+]
 BlocksOption = Annotated[str, typer.Option(help='"module", or a number of layer blocks.')]
 
 
@@ -85,12 +102,22 @@ def read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
     return lines
 
 
-def make_spec(sketch: int, blocks: str, kind: SketchKind, seed: int = 0) -> Any:
+def make_spec(
+    sketch: int,
+    blocks: str,
+    kind: SketchKind,
+    seed: int = 0,
+    modules: list[str] | None = None,
+    also: list[Also] | None = None,
+) -> Any:
     """The SketchSpec of these options."""
     from trackstar.spec import SketchSpec
 
     grouping = int(blocks) if blocks.isdigit() else blocks
-    return SketchSpec(seed=seed, sketch=sketch, blocks=grouping, kind=kind.value)
+    kinds = [word.value for word in also or ()]
+    return SketchSpec(
+        seed=seed, sketch=sketch, blocks=grouping, kind=kind.value, modules=modules or None, also=kinds
+    )
 
 
 def require_model(folder: Path) -> None:

@@ -1,15 +1,17 @@
 """Per-example projected gradients of any torch model, from any loss, in any training loop."""
 
+import fnmatch
+import re
 from types import TracebackType
 
 import torch
 from torch import nn
 
 from trackstar.correction import Correction
-from trackstar.modules import fan, select_modules
+from trackstar.sketching import Sketch
 from trackstar.spec import SketchSpec
 from trackstar.tap import GradientTap
-from trackstar_kernels import project_gradients
+from trackstar.weights import Use
 
 
 class GradientCollector:
@@ -31,6 +33,8 @@ class GradientCollector:
     - Several forward–backward passes inside one block (gradient accumulation) give their rows one after another.
     - An example that the loss masks out entirely has a row of zeros.
     - Examples packed end to end are told apart by ``offsets``.
+    - Of a mixture's experts, an example's row holds the tokens that were routed to them; those of the experts that
+      saw none are zero.
 
     Args:
         model: any torch model; its captured modules take the batch as first dimension.
@@ -38,10 +42,10 @@ class GradientCollector:
         correction: optimizer correction of every captured module, or None.
 
     Attributes:
-        modules: {name: module} of what is captured.
+        spec: what to capture.
+        weights: {name: weight} of what is captured.
+        modules: {name: the module that owns it}.
         block_of: {name: block index}.
-        offsets: None, or for passes over packed examples (captured modules see their ΣT tokens end to end) the
-            (B + 1,) int64 positions where they begin, and the end. Set it before the forward pass.
 
     Raises:
         ValueError: the spec matches no module, or the correction lacks or misfits one.
@@ -51,20 +55,13 @@ class GradientCollector:
         self, model: nn.Module, spec: SketchSpec | None = None, correction: Correction | None = None
     ) -> None:
         spec = SketchSpec() if spec is None else spec
-        self.modules = select_modules(model, spec.modules)
+        self.weights = spec.weights(model)
+        self.modules = {name: weight.module for name, weight in self.weights.items()}
         self.block_of = spec.block_of(model)
-        self.offsets: torch.Tensor | None = None
-        self._spec = spec
+        self.spec = spec
         self._blocks = max(self.block_of.values()) + 1
-        self._sketches: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
-        for name, module in self.modules.items():
-            fan_in, fan_out = fan(module)
-            left, right = spec.projections(name, fan_in, fan_out)
-            scale = None
-            if correction is not None:
-                left, right, scale = correction.fold(name, left, right)
-            self._sketches[name] = left, right, scale
-        self._tap = GradientTap(self.modules, self._add, self._start_pass)
+        self._sketches = {name: Sketch(weight, spec, correction) for name, weight in self.weights.items()}
+        self._tap = GradientTap(self.weights, self._add, self._start_pass)
         self._passes: list[torch.Tensor] = []
         self._ran: set[str] = set()
         self._captured: set[str] = set()
@@ -78,6 +75,27 @@ class GradientCollector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._tap.__exit__(kind, error, trace)
+
+    @property
+    def offsets(self) -> torch.Tensor | None:
+        """None, or for passes over packed examples the (B + 1,) int64 positions where they begin, and the end.
+
+        Captured modules then see the examples' ΣT tokens end to end. Set it before the forward pass.
+        """
+        return self._tap.offsets
+
+    @offsets.setter
+    def offsets(self, offsets: torch.Tensor | None) -> None:
+        self._tap.offsets = offsets
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(B, T) of padded passes, which then must fit; None to tell it from the modules' inputs."""
+        return self._tap.shape
+
+    @shape.setter
+    def shape(self, shape: tuple[int, int] | None) -> None:
+        self._tap.shape = shape
 
     @property
     def rows(self) -> torch.Tensor:
@@ -109,7 +127,7 @@ class GradientCollector:
     @property
     def row_shape(self) -> tuple[int, int]:
         """(L, d) of a row."""
-        return self._blocks, self._spec.block_size
+        return self._blocks, self.spec.block_size
 
     def _start_pass(self, name: str) -> None:
         # A forward call after a backward pass begins the next pass; one DURING it is a recomputation
@@ -121,48 +139,45 @@ class GradientCollector:
         self._ran.add(name)
 
     def _require_all_captured(self) -> None:
-        missing = [name for name in self._sketches if name not in self._captured]
+        # Experts of a mixture may do without tokens.
+        captured = {self.weights[name].group for name in self._captured}
+        missing = [
+            name
+            for name, weight in self.weights.items()
+            if weight.group not in captured
+            and not (weight.expert is not None and name in self._ran and self._tap.unfollowed(name) is None)
+        ]
         if missing:
-            why = (
-                "took part in the forward pass but received no gradient"
-                if missing[0] in self._ran
-                else "did not run"
-            )
+            reader = self._tap.unfollowed(missing[0])
+            if reader is not None:
+                why = f"is used through {reader!r}, whose gradients are not followed"
+            elif missing[0] in self._ran:
+                why = "took part in the forward pass but received no gradient"
+            else:
+                why = "did not run"
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            modules = [*(self.spec.modules or ()), *self._exclusions(missing)]
             raise RuntimeError(
-                f"module {missing[0]!r}{more} {why}; leave it out through SketchSpec(modules=…)"
+                f"module {missing[0]!r}{more} {why}; leave it out: SketchSpec(modules={modules})"
             )
 
-    def _add(self, name: str, activations: torch.Tensor, output_grads: torch.Tensor) -> None:
-        if self.offsets is not None:
-            activations, output_grads = activations.flatten(0, 1), output_grads.flatten(0, 1)
-            if len(activations) != self.offsets[-1]:
-                raise RuntimeError(
-                    f"module {name!r} must see the {self.offsets[-1]} tokens of offsets, got {len(activations)}"
-                )
-        batch = len(activations) if self.offsets is None else len(self.offsets) - 1
+    def _exclusions(self, names: list[str]) -> list[str]:
+        """Patterns that leave out these weights and no others."""
+        patterns: dict[str, None] = {}
+        for name in names:
+            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+            exact = set(fnmatch.filter(self.weights, pattern)) <= set(names)
+            patterns["!" + (pattern if exact else name)] = None
+        return list(patterns)
+
+    def _add(self, use: Use) -> None:
         if not self._captured:
-            self._passes.append(torch.zeros(batch, *self.row_shape, device=output_grads.device))
+            self._passes.append(torch.zeros(use.examples, *self.row_shape, device=use.output_grads.device))
         rows = self._passes[-1]
-        if len(rows) != batch:
+        if len(rows) != use.examples:
             raise RuntimeError(
-                f"module {name!r} must see the same batch as the others, {len(rows)} examples; it saw {batch}"
+                f"module {use.name!r} must see the same batch as the others, {len(rows)} examples; "
+                f"it saw {use.examples}"
             )
-        self._captured.add(name)
-        left, right, scale = self._constants(name, rows.device)
-        if activations.dtype != output_grads.dtype or activations.dtype == torch.float64:
-            activations, output_grads = activations.float(), output_grads.float()
-        projected = project_gradients(
-            activations, output_grads, left, right, scale=scale, offsets=self.offsets, check_finite=False
-        )
-        rows[:, self.block_of[name]] += projected.flatten(1)
-
-    def _constants(
-        self, name: str, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Sketches and scale of a module, moved to where it runs once and for all."""
-        left, right, scale = self._sketches[name]
-        if left.device != device:
-            left, right = left.to(device), right.to(device)
-            self._sketches[name] = left, right, None if scale is None else scale.to(device)
-        return self._sketches[name]
+        self._captured.add(use.name)
+        rows[:, self.block_of[use.name]] += self._sketches[use.name].of(use)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trackstar.examples import Encoded
 from trackstar.lean import LeanPass
 from trackstar.tap import GradientTap
+from trackstar.weights import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,27 +41,29 @@ def model_of_shapes(folder: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def dry_run(model: Any, modules: Mapping[str, nn.Module], examples: Sequence[Encoded]) -> PassCost:
+def dry_run(model: Any, weights: Mapping[str, Weight], examples: Sequence[Encoded]) -> PassCost:
     """The cost of a lean pass over these examples in one batch.
 
     Shortcuts of the pass that only weights could show to be safe are taken for granted.
 
     Args:
         model: from :func:`model_of_shapes`.
-        modules: those whose gradients are captured.
+        weights: those whose gradients are captured.
         examples: a batch.
 
     Raises:
         ValueError: the model does something that depends on its numbers.
     """
     mode = next(model.parameters()).fake_mode
+    # Where tokens are routed to depends on numbers, so what is followed is left to the graph that others start.
+    hooked = {name: weight for name, weight in weights.items() if not weight.followed}
     # torch writes its own account of what cannot run on shapes; the error says it.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         with mode:
-            lean = LeanPass(model, modules.values(), has_weights=False)
+            lean = LeanPass(model, [weight.module for weight in weights.values()], has_weights=False)
         batch = lean.arrange(examples)
         tensors = {
             field.name: mode.from_tensor(value)
@@ -69,7 +71,7 @@ def dry_run(model: Any, modules: Mapping[str, nn.Module], examples: Sequence[Enc
             if isinstance(value := getattr(batch, field.name), torch.Tensor)
         }
         counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
-        with mode, lean, counter, MemoryMeter() as memory, GradientTap(modules, lambda *call: None):
+        with mode, lean, counter, MemoryMeter() as memory, GradientTap(hooked, lambda use: None):
             lean.run(dataclasses.replace(batch, **tensors))
     except Exception as error:
         raise ValueError(

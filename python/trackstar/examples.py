@@ -36,6 +36,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def beginning(self, tokens: int) -> "Encoded":
+        """The example, cut to its first tokens."""
+        return dataclasses.replace(self, tokens=self.tokens[:tokens], labels=self.labels[:tokens])
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodedQuery(Encoded):

@@ -53,6 +53,12 @@ class Batch:
     labels: torch.Tensor
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T) of the tokens; (1, ΣT) where packed."""
+        rows, length = self.tokens.shape
+        return rows, length
+
+    @property
     def offsets(self) -> torch.Tensor | None:
         """(B + 1,) int64, where packed examples begin, and the end; None where padded."""
         if self.positions is None:
@@ -87,6 +93,7 @@ class LeanPass:
 
     Attributes:
         model: the model.
+        can_pad: whether the model is known not to mind what follows an example.
         skipped: why the model runs without a shortcut, a sentence for each; empty where all are taken.
     """
 
@@ -103,6 +110,7 @@ class LeanPass:
         with self, torch.no_grad():
             self._decoder = self._try("the logits of the whole batch are kept", self._find_decoder)
             self._longest_packed = self._try("batches are padded", self._find_longest_packed) or 0
+            self.can_pad = self._try("some examples run one by one", self._check_padding) or False
 
     def _try(self, without: str, find: Callable[[], T]) -> T | None:
         """What ``find`` finds, or None and a note of what the pass is like ``without`` it."""
@@ -126,17 +134,28 @@ class LeanPass:
 
     def batches(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
         """Positions of examples of these lengths in batches of at most ``budget`` tokens."""
-        return length_batches(lengths, budget, padded=not self._longest_packed)
+        batches = length_batches(lengths, budget, padded=not self._longest_packed)
+        if self.can_pad:
+            return batches
+        return [
+            part
+            for batch in batches
+            for part in ([batch] if lengths[batch[-1]] <= self._longest_packed else [[i] for i in batch])
+        ]
 
     def logit_tokens(self, tokens: int) -> int:
         """Tokens, of a batch of ``tokens``, whose logits exist at once; counted double where gradients join them."""
         return 2 * tokens if self._decoder is None else min(tokens, CHUNK_TOKENS)
 
-    def arrange(self, examples: Sequence[Encoded]) -> Batch:
-        """The examples as one batch on the model's device."""
+    def can_pack(self, examples: Sequence[Encoded]) -> bool:
+        """Whether these examples may follow each other in one row."""
+        return max(len(example) for example in examples) <= self._longest_packed
+
+    def arrange(self, examples: Sequence[Encoded], *, packed: bool | None = None) -> Batch:
+        """The examples as one batch on the model's device, packed if asked or, where nobody asks, if they can be."""
         lengths = [len(example) for example in examples]
         longest = max(lengths)
-        packed = longest <= self._longest_packed
+        packed = self.can_pack(examples) if packed is None else packed
         shape = (1, sum(lengths)) if packed else (len(lengths), longest)
         tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
         starts = [0, *itertools.accumulate(lengths if packed else [longest] * len(lengths))]
@@ -159,8 +178,8 @@ class LeanPass:
     def run(self, batch: Batch, loss: Loss = nll) -> None:
         """One forward and backward pass over a batch.
 
-        No attention mask is needed where it is padded: a causal model never sees the padding that follows an
-        example, and the padding has no label.
+        No attention mask is needed where it is padded: the model was seen not to mind what follows an example, and
+        the padding has no label.
         """
         with torch.enable_grad():
             output = self._forward(batch.tokens, batch.positions, batch.lengths)
@@ -249,15 +268,38 @@ class LeanPass:
             self._forward(torch.cat([start, second], dim=1), places, (5, 7))
             for start in (first, first.flip(1))
         )
-        size, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
-        # Too strict costs a model of narrow weights some speed; too lax would cost it its results.
-        if self._has_weights and (packed - alone).abs().max() > min(1e4 * eps, 0.03) * size:
-            raise _Unsafe("examples packed in one row give other results than by themselves")
-        # Sharper: a batch's shape may change the rounding, but the content of other examples may not.
-        if self._has_weights and (packed - other)[:, 5:].abs().max() > min(10 * eps, 0.03) * size:
-            raise _Unsafe("examples packed in one row see each other")
+        self._require_same("packed in one row", packed[:, 5:], other[:, 5:], packed, alone)
         windows = (getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         return min((window for window in windows if window is not None), default=2**62)
+
+    def _check_padding(self) -> bool:
+        """Whether examples may be padded, to be run together.
+
+        Raises:
+            _Unsafe: padding would change the model's results.
+        """
+        first, second = _probe(self.model, 12).split((5, 7), dim=1)
+        alone = torch.cat([self._forward(tokens, None, ())[0] for tokens in (first, second)])
+        padded, other = (
+            self._forward(torch.cat([nn.functional.pad(start, (0, 2)), second]), None, ())
+            for start in (first, first.flip(1))
+        )
+        self._require_same("padded", padded[1], other[1], torch.cat([padded[0, :5], padded[1]]), alone)
+        return True
+
+    def _require_same(
+        self, how: str, one: torch.Tensor, other: torch.Tensor, together: torch.Tensor, alone: torch.Tensor
+    ) -> None:
+        """Require the same results beside ``one`` example as beside an ``other``, and together as alone."""
+        if not self._has_weights:
+            return
+        size, eps = alone.abs().max(), torch.finfo(alone.dtype).eps
+        # Too strict costs a model of narrow weights some speed; too lax would cost it its results.
+        if not (together - alone).abs().max() <= min(1e4 * eps, 0.03) * size:
+            raise _Unsafe(f"examples {how} give other results than by themselves")
+        # Sharper: a batch's shape may change the rounding, but the content of other examples may not.
+        if not (one - other).abs().max() <= min(10 * eps, 0.03) * size:
+            raise _Unsafe(f"examples {how} see each other")
 
 
 class _Unsafe(Exception):
@@ -271,7 +313,12 @@ def _probe(model: nn.Module, length: int) -> torch.Tensor:
 
 
 def _attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **options: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each packed example, through torch's fused kernel.
 
@@ -282,7 +329,7 @@ def _attend(
         query: (1, heads, ΣT, head size).
         key: (1, key–value heads, ΣT, head size).
         value: likewise.
-        mask: None.
+        attention_mask: None.
         options: what transformers passes to every attention function.
 
     Returns:

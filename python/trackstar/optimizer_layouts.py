@@ -54,7 +54,7 @@ class KeptMoment:
 
     def unsaid(self) -> list[str]:
         """What :meth:`unbiased` and 1/(√V + ε) would need and the state does not say."""
-        needed = ("eps",) if isinstance(self.moment, tuple) else ("step", "betas", "eps")
+        needed = ("eps",) if self.kind == "adafactor" else ("step", "betas", "eps")
         return [field for field in needed if getattr(self, field) is None]
 
 
@@ -109,11 +109,13 @@ def read_moment(
             )
     step = value_of(entry.get("step", group.get("step")))
     betas = group.get("betas")
+    # transformers' Adafactor keeps V of a vector as Adam does; its decay rate tells.
+    kind = "adafactor" if "decay_rate" in group else layout.kind
     # Adafactor's two regularize the squared gradient before it is averaged, so V already contains them.
-    eps = 0.0 if layout.kind == "adafactor" else group.get("eps")
+    eps = 0.0 if kind == "adafactor" else group.get("eps")
     return KeptMoment(
         parameter,
-        layout.kind,
+        kind,
         moment,
         None if step is None else float(step),
         None if betas is None else tuple(map(float, betas)),
@@ -169,7 +171,8 @@ LAYOUTS = (
     # bitsandbytes: matrices, then what it keeps in 32 bits
     Layout("adam8bit", ("state2", "qmap2", "absmax2"), _blockwise_shapes, _read_blockwise),
     Layout("adam", ("state2",), lambda s: ([s],), _read_full, without=("qmap2",)),
-    # Adafactor: transformers, torch
+    # Adafactor: torch where a parameter is no matrix, transformers, torch
+    Layout("adafactor", ("variance",), lambda s: ([s],), _read_full),
     Layout(
         "adafactor",
         ("exp_avg_sq_row", "exp_avg_sq_col"),

@@ -69,7 +69,7 @@ def rows_of(
         for members in lean.batches([len(examples[i]) for i in counted], BATCH_TOKENS):
             positions = [counted[j] for j in members]
             batch = lean.arrange([examples[i] for i in positions])
-            collector.offsets = batch.offsets
+            collector.offsets, collector.shape = batch.offsets, batch.shape
             with collector:
                 lean.run(batch, loss)
             damage = collector.not_finite()

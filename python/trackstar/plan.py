@@ -17,10 +17,11 @@ from trackstar.durable import require_disk
 from trackstar.examples import Encoded
 from trackstar.layout import Layout
 from trackstar.lean import LeanPass
-from trackstar.modules import fan, group_modules, select_modules
+from trackstar.modules import group_modules
 from trackstar.needs import Corpus, Job, Question
 from trackstar.passes import BATCH_TOKENS, has_loss, position_limit, rows_of
 from trackstar.rates import Rates
+from trackstar.sketching import sketch_bytes
 from trackstar.spec import SketchSpec
 
 LEAN_SHARE = 0.8
@@ -55,24 +56,30 @@ def planned_job(
     Raises:
         ValueError: the model cannot be run on shapes, or the spec does not fit it.
     """
-    modules = select_modules(model, spec.modules)
-    fans = [fan(module) for module in modules.values()]
-    layout = Layout(dtype, wide, max(group_modules(list(modules), spec.blocks).values()) + 1, spec.block_size)
+    weights = spec.weights(model)
+    layout = Layout(dtype, wide, max(group_modules(list(weights), spec.blocks).values()) + 1, spec.block_size)
     limit = position_limit(model) or corpus.longest
     length = max(min(corpus.longest, limit), 2)
     count = min(max(BATCH_TOKENS // length, 1), corpus.examples)
     tokens = np.ones(length, np.int32)
-    cost = dry_run(model, modules, [Encoded("", "", tokens, tokens)] * count)
+    cost = dry_run(model, weights, [Encoded("", "", tokens, tokens)] * count)
     p, r = spec.sketch, rank if correction == "rank" else 1
-    both, entries = sum(i + o for i, o in fans), sum(i * o for i, o in fans)
+    # A token sees few experts of a mixture, which are a group.
+    met = {weight.group: weight.shape for weight in weights.values()}.values()
+    both, entries = sum(o + i for o, i in met), sum(o * i for o, i in met)
     # For every token the two factors of the gradient are projected, or their product is formed and corrected.
     projecting = 2 * entries + 2 * entries * p / length if correction == "exact" else 2 * r * p * both
-    kept = {"none": 0, "rank": 4 * r * both, "exact": 4 * entries}[correction]
+    shapes = [weight.shape for weight in weights.values()]
+    kept = {
+        "none": 0,
+        "rank": sum(4 * r * (o + i) for o, i in shapes),
+        "exact": sum(4 * o * i for o, i in shapes),
+    }[correction]
     flops = cost.flops / (count * length) + projecting
     rows = 2 * 4 * count * layout.blocks * layout.size
     return Job(
         weights=weight_bytes(model),
-        sketches=4 * r * p * both,
+        sketches=sketch_bytes(weights.values(), spec, r),
         correction=kept,
         layout=layout,
         shard_rows=layout.shard_rows,
@@ -164,10 +171,9 @@ def plan_build(
     """
     pass_bytes, seconds = _tried(lean, examples, collector)
     rank = 1 if correction is None or correction.rank is None else correction.rank
-    both = sum(sum(fan(module)) for module in collector.modules.values())
     job = Job(
         weights=weight_bytes(lean.model),
-        sketches=4 * rank * round(layout.size**0.5) * both,
+        sketches=sketch_bytes(collector.weights.values(), collector.spec, rank),
         correction=0 if correction is None else correction.bytes,
         layout=layout,
         shard_rows=shard_rows,

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trackstar.attribution import Result
+from trackstar.result import Result
 
 PASSAGE = 300
 """Characters of a passage that are shown."""
@@ -24,12 +24,16 @@ def print_result(result: Result, console: Console | None = None) -> None:
     """
     console = Console(highlight=False) if console is None else console
     for i, query in enumerate(result.queries):
-        kind = "proponents" if result.largest else "opponents"
+        remarks = ["proponents" if result.largest else "opponents"]
+        if result.method != "trackstar":
+            remarks.insert(0, result.method)
+        if result.mixing is not None:
+            remarks.append(f"λ = {result.mixing:.3f}")
         heading = Text.assemble(
             ("\n" + query.prompt, "bold"),
             " → ",
             (query.target.strip(), "bold green"),
-            f"   ({kind}, λ = {result.mixing:.3f})",
+            f"   ({', '.join(remarks)})",
         )
         console.print(heading)
         table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
@@ -39,7 +43,7 @@ def print_result(result: Result, console: Console | None = None) -> None:
         words = query_words(query.prompt + " " + query.target)
         scores, indices = result.scores[i].tolist(), result.indices[i].tolist()
         for rank, (score, index) in enumerate(zip(scores, indices, strict=True), start=1):
-            passage = mark(shorten(result.store.text(index)), words, plain=not console.is_terminal)
+            passage = mark(shorten(result.corpus.text(index)), words, plain=not console.is_terminal)
             table.add_row(str(rank), f"{score:+.4f}", passage)
         console.print(table)
 

@@ -177,7 +177,7 @@ def fit_scan(
     if mixed:
         rank = d if 7 * d < 8 * queries else queries
         fixed += 4 * L * (rank + 32) * d + 192 * rank * threads + 8 * (6 * rank**2 + 2 * queries * d)
-        per_query += 4 * (L + 3) * rank
+        per_query += 4 * (L + 3) * (rank + 16)  # vectors are padded to whole panels
         per_row = 24 * (queries + d)
     else:
         per_query += 20 * L * d

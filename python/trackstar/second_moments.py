@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import nn
 from trackstar.correction import Correction, fit_rank
 from trackstar.examples import check_vocabulary, encode_examples
 from trackstar.lean import LeanPass
-from trackstar.modules import is_conv1d, select_modules
 from trackstar.optimizer_files import check_state, open_state
 from trackstar.optimizer_layouts import Moment, read_moment
 from trackstar.optimizer_parameters import find_parameters
 from trackstar.passes import BATCH_TOKENS, check_model, has_loss, position_limit, vocabulary_size
 from trackstar.progress import console, track
+from trackstar.spec import SketchSpec
 from trackstar.tap import GradientTap
+from trackstar.weights import Use, Weight
 
 ESTIMATE_DAMPING = 0.01
 """ε of an estimated V, relative to the root mean V of the module: a sample leaves some entries near zero."""
@@ -46,7 +47,7 @@ class SecondMoments:
         state: str | os.PathLike[str] | Mapping[str, Any],
         model: nn.Module,
         *,
-        modules: Sequence[str] | None = None,
+        spec: SketchSpec | None = None,
     ) -> "SecondMoments":
         """V of a saved optimizer: Adam or AdamW (torch, bitsandbytes in 8 bits), Adafactor (torch, transformers).
 
@@ -60,7 +61,7 @@ class SecondMoments:
                 second moments of the wanted modules are read from it.
             model: the model that was trained. A state without names is matched by order: the model's own, or,
                 where the optimizer has two groups, what is decayed first (matrices) and the rest second.
-            modules: shell patterns of the modules wanted; None as in ``SketchSpec``.
+            spec: tells what V is wanted of; None is ``SketchSpec()``.
 
         Raises:
             FileNotFoundError: there is no such file, or none in the folder.
@@ -68,23 +69,24 @@ class SecondMoments:
                 moments of a module are missing, of an unknown kind, or not finite and nonnegative.
         """
         state = open_state(Path(state)) if isinstance(state, str | os.PathLike) else check_state(state)
-        chosen = select_modules(model, modules)
+        chosen = (spec or SketchSpec()).weights(model)
         parameters = dict(model.named_parameters())
         named = {id(parameter): name for name, parameter in parameters.items()}
-        weights = {name: named[id(module.weight)] for name, module in chosen.items()}
-        places = find_parameters(state, model, list(weights.values()))
+        # By identity: a tied parameter has one name. Of several parts of a parameter, each would be found anew.
+        names = {
+            name: named[id(weight.module.get_parameter(weight.field))] for name, weight in chosen.items()
+        }
+        kept = {}
+        for name, (key, group) in find_parameters(state, model, list(dict.fromkeys(names.values()))).items():
+            kept[name] = read_moment(name, tuple(parameters[name].shape), state["state"].get(key, {}), group)
         moments: dict[str, Moment] = {}
         eps: dict[str, float] = {}
-        kinds, unsaid = set(), set()
-        for name, weight in weights.items():
-            key, group = places[weight]
-            kept = read_moment(weight, tuple(parameters[weight].shape), state["state"].get(key, {}), group)
-            moment = kept.unbiased()
-            if is_conv1d(chosen[name]):
-                moment = (moment[1], moment[0]) if isinstance(moment, tuple) else moment.T.contiguous()
-            moments[name], eps[name] = moment, ADAM_EPS if kept.eps is None else kept.eps
-            kinds.add(kept.kind)
-            unsaid.update(kept.unsaid())
+        for name, weight in chosen.items():
+            whole = kept[names[name]]
+            moments[name] = _part_of(whole.unbiased(), weight)
+            eps[name] = ADAM_EPS if whole.eps is None else whole.eps
+        kinds = {moment.kind for moment in kept.values()}
+        unsaid = {what for moment in kept.values() for what in moment.unsaid()}
         if "adam8bit" in kinds:
             kinds.discard("adam")  # the small parameters, which an 8-bit Adam keeps in 32 bits
         if unsaid:
@@ -101,11 +103,17 @@ class SecondMoments:
         examples: Iterable[Mapping[str, Any]],
         *,
         tokenizer: Any = None,
-        modules: Sequence[str] | None = None,
+        spec: SketchSpec | None = None,
     ) -> "SecondMoments":
         """V as the mean of squared per-example gradients over ``examples``, in float32.
 
         Holds one (O, I) matrix per module and one more for the gradient at hand.
+
+        Args:
+            model: a causal language model of transformers.
+            examples: {"text": …} or {"input_ids": …}.
+            tokenizer: the model's, for examples given as text.
+            spec: tells what V is wanted of; None is ``SketchSpec()``.
 
         Raises:
             ValueError: there are no examples, or one is malformed, or none has a loss.
@@ -116,29 +124,15 @@ class SecondMoments:
         counted = [example for example in encoded if has_loss(example)]
         if not counted:
             raise ValueError("examples must hold at least one with a token to predict")
-        chosen = select_modules(model, modules)
-        sums: dict[str, torch.Tensor] = {}
-
-        def add_squares(name: str, activations: torch.Tensor, output_grads: torch.Tensor) -> None:
-            total = sums.get(name)
-            if total is None:
-                total = sums[name] = torch.zeros(
-                    output_grads.shape[2], activations.shape[2], device=activations.device
-                )
-            if batch.offsets is None:
-                examples_of = zip(activations, output_grads, strict=True)
-            else:
-                examples_of = zip(
-                    *(t[0].split(batch.lengths) for t in (activations, output_grads)), strict=True
-                )
-            for x, delta in examples_of:
-                gradient = delta.float().T @ x.float()
-                total.addcmul_(gradient, gradient)
-
-        lean = LeanPass(model, chosen.values())
-        with track("second moments", len(counted)) as advance, lean, GradientTap(chosen, add_squares):
+        chosen = (spec or SketchSpec()).weights(model)
+        device = next(model.parameters()).device
+        sums = {name: torch.zeros(weight.shape, device=device) for name, weight in chosen.items()}
+        lean = LeanPass(model, [weight.module for weight in chosen.values()])
+        tap = GradientTap(chosen, lambda use: _add_squares(sums[use.name], use))
+        with track("second moments", len(counted)) as advance, lean, tap:
             for members in lean.batches([len(example) for example in counted], BATCH_TOKENS):
                 batch = lean.arrange([counted[i] for i in members])
+                tap.offsets, tap.shape = batch.offsets, batch.shape
                 lean.run(batch)
                 advance(len(members))
         moments: dict[str, Moment] = {name: (sums[name] / len(counted)).cpu() for name in chosen}
@@ -150,14 +144,16 @@ class SecondMoments:
 
         Args:
             kind: "exact", 1/(√V + ε) entry by entry; or "rank", Σ_r u_r v_rᵀ fitted to it with weights V.
-            rank: r of the rank form. Adafactor's factors are of rank 1 and are taken as they are.
+            rank: r of the rank form. Adafactor's factors are of rank 1 and are taken as they are, as are vectors.
 
         Raises:
             ValueError: ``kind`` is unknown, ``rank`` is out of range, or a module's V is zero throughout.
         """
         if kind not in ("exact", "rank"):
             raise ValueError(f'kind must be "exact" or "rank", got {kind!r}')
-        smallest = min(min(_shape(v)) for v in self.moments.values())
+        smallest = min(
+            (min(shape) for v in self.moments.values() if 1 not in (shape := _shape(v))), default=1
+        )
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= smallest:
             raise ValueError(f"rank must be an int from 1 to {smallest} (the smallest module), got {rank!r}")
         scales, factors = {}, {}
@@ -177,9 +173,51 @@ class SecondMoments:
             scale = (v.sqrt() + eps).reciprocal()
             if kind == "exact":
                 scales[name] = scale
+            elif scale.shape[1] == 1:
+                factors[name] = scale.T.contiguous(), torch.ones(1, 1)
             else:
                 factors[name] = fit_rank(v, scale, rank)
         return Correction(kind, self.source, scales, factors)
+
+
+def _add_squares(total: torch.Tensor, use: Use) -> None:
+    """Add the square of every example's gradient to ``total`` (O, I)."""
+    for x, delta in use.each():
+        if len(x) == 0:
+            continue
+        if use.weight.kind == "embedding":
+            ids, places = x.unique(return_inverse=True)
+            gradient = delta.new_zeros(len(ids), delta.shape[1], dtype=torch.float32)
+            total[:, ids] += gradient.index_add_(0, places, delta.float()).square_().T
+        else:
+            gradient = delta.float().T @ x.float()
+            part = total if use.rows is None else total[use.rows]
+            if isinstance(use.rows, torch.Tensor):
+                total[use.rows] = part.addcmul_(gradient, gradient)
+            else:
+                part.addcmul_(gradient, gradient)
+
+
+def _part_of(moment: Moment, weight: Weight) -> Moment:
+    """The second moment of a weight, of that of its parameter."""
+    if not isinstance(moment, tuple):
+        return weight.view(moment).contiguous()
+    row, col = moment
+    if weight.kind in (
+        "bias",
+        "norm",
+    ):  # vectors of several experts or heads, which the optimizer takes for a matrix
+        return weight.view(torch.outer(row, col) / row.mean()).contiguous()
+    if weight.expert is not None:
+        count = len(weight.module.get_parameter(weight.field))
+        row, col = (factor.view(count, -1)[weight.expert] for factor in moment)
+    if weight.transposed:
+        row, col = col, row
+    if weight.rows is not None:
+        # V_ij = row_i col_j / mean(row), of whichever rows.
+        part = row[weight.rows]
+        row, col = part, col * (part.mean() / row.mean())
+    return row, col
 
 
 def _shape(moment: Moment) -> tuple[int, ...]:

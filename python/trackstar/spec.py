@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from trackstar.modules import group_modules, select_modules
+from trackstar.modules import ALSO, Parts, group_modules, select_weights
+from trackstar.weights import Weight
 from trackstar_kernels import projection_matrix
 from trackstar_kernels.sketch import KINDS
 
@@ -23,7 +24,14 @@ class SketchSpec:
             projected gradients of the modules add.
         kind: "rademacher" or "gaussian", both projections alike; or "countsketch", which makes the exact
             correction nearly free of the sketch's size: CountSketch on the left, Rademacher on the right.
-        modules: shell patterns of the modules to capture; None takes all attention and MLP matrices.
+        modules: shell patterns of what to capture ("*.mlp.*"), and, after a "!", of what to leave out. None takes all
+            attention and MLP matrices; of a model with PEFT adapters, those of the active adapters alone.
+        also: what to capture besides matrices, within what ``modules`` matches: any of "embeddings", "lm_head",
+            "biases" and "norms".
+        split: {pattern: parts} of fused matrices, such as that of query, key and value, whose parts count as modules
+            of their own, "<name>.<number>". An int is a number of equal parts (heads). A list has the rows of each
+            part; where they sum to less than all rows, they repeat: [64, 64, 64] cuts a matrix of 12 heads, each
+            with query, key and value of 64 rows, into all queries, all keys and all values.
     """
 
     seed: int = 0
@@ -31,6 +39,8 @@ class SketchSpec:
     blocks: str | int = "module"
     kind: str = "rademacher"
     modules: Sequence[str] | None = None
+    also: Sequence[str] = ()
+    split: Mapping[str, Parts] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.sketch, bool) or not isinstance(self.sketch, int) or self.sketch < 1:
@@ -46,6 +56,10 @@ class SketchSpec:
             if isinstance(self.modules, str) or not self.modules:
                 raise ValueError(f"modules must be None or a list of name patterns, got {self.modules!r}")
             object.__setattr__(self, "modules", tuple(self.modules))
+        if isinstance(self.also, str) or not set(self.also) <= set(ALSO):
+            raise ValueError(f"also must be a list of any of {', '.join(ALSO)}; got {self.also!r}")
+        object.__setattr__(self, "also", tuple(self.also))
+        object.__setattr__(self, "split", {p: _check_parts(p, parts) for p, parts in self.split.items()})
 
     @property
     def block_size(self) -> int:
@@ -69,15 +83,39 @@ class SketchSpec:
         )
         return left, right
 
+    def vector_projection(self, name: str, features: int) -> torch.Tensor:
+        """Projection (d, features) of a vector, a bias or norm, float32; its stream is that of a left projection."""
+        return projection_matrix(
+            self.block_size, features, seed=self.seed, stream=_stream(f"{name}/left"), kind=self.kind
+        )
+
+    def weights(self, model: nn.Module) -> dict[str, Weight]:
+        """What is captured of a model, by name, in the order of ``model.named_modules()``.
+
+        Raises:
+            ValueError: a field does not fit the model.
+        """
+        return select_weights(model, self.modules, also=self.also, split=self.split)
+
     def block_of(self, model: nn.Module) -> dict[str, int]:
-        """Block index of every captured module, in the order of ``model.named_modules()``."""
-        return group_modules(list(select_modules(model, self.modules)), self.blocks)
+        """Block index of everything that is captured, in the order of ``model.named_modules()``."""
+        return group_modules(list(self.weights(model)), self.blocks)
 
     def as_dict(self) -> dict[str, object]:
         """The fields as JSON values."""
         fields = dataclasses.asdict(self)
         fields["modules"] = None if self.modules is None else list(self.modules)
+        fields["also"] = list(self.also)
         return fields
+
+
+def _check_parts(pattern: str, parts: Parts) -> Parts:
+    sizes = [parts] if isinstance(parts, int) else list(parts)
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(
+            f"split of {pattern!r} must be a number of parts or a list of their rows, got {parts!r}"
+        )
+    return parts if isinstance(parts, int) else sizes
 
 
 def _stream(label: str) -> int:

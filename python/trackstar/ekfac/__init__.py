@@ -11,11 +11,9 @@ if TYPE_CHECKING:
     from trackstar.ekfac.factors import open_factors as open_factors
     from trackstar.ekfac.fitting import fit_factors as fit_factors
     from trackstar.ekfac.query import influence as influence
-    from trackstar.ekfac.result import Influence as Influence
 
 _HOMES = {
     "Factors": "factors",
-    "Influence": "result",
     "fit_factors": "fitting",
     "influence": "query",
     "open_factors": "factors",

@@ -11,9 +11,10 @@ from torch import nn
 from trackstar.examples import IGNORED, Encoded
 from trackstar.lean import Batch, LeanPass
 from trackstar.losses import Loss, nll
-from trackstar.modules import fan, select_modules
+from trackstar.modules import select_weights
 from trackstar.passes import BATCH_TOKENS
 from trackstar.tap import GradientTap
+from trackstar.weights import Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +51,23 @@ class TokenCapture:
         lean: the passes.
 
     Raises:
-        ValueError: a pattern matches nothing that can be captured.
+        ValueError: a pattern matches nothing that can be captured, or an expert.
     """
 
     def __init__(
         self, model: nn.Module, patterns: Sequence[str] | None = None, *, biases: bool = False
     ) -> None:
-        self.modules = select_modules(model, patterns)
+        self._weights = select_weights(model, patterns)
+        self.modules = {name: weight.module for name, weight in self._weights.items()}
         self.shapes = {}
-        for name, module in self.modules.items():
-            fan_in, fan_out = fan(module)
-            self.shapes[name] = fan_out, fan_in + (biases and module.bias is not None)
+        for name, weight in self._weights.items():
+            if weight.followed:
+                raise ValueError(
+                    f"modules must be layers that see every token once; {name!r} is not (an expert, or fused "
+                    f"attention): leave it out, as by modules=[{'!' + name!r}]"
+                )
+            fan_out, fan_in = weight.shape
+            self.shapes[name] = fan_out, fan_in + (biases and weight.module.bias is not None)
         self.lean = LeanPass(model, self.modules.values())
 
     def run(
@@ -96,7 +103,7 @@ class TokenCapture:
                 labels = torch.cat([labels_of(i) for i in members])
                 arranged = dataclasses.replace(arranged, labels=labels.to(arranged.labels.device))
             view.place(arranged)
-            with self.lean, GradientTap(self.modules, view.show, view.start):
+            with self.lean, GradientTap(self._weights, view.show, view.start):
                 self.lean.run(arranged, loss)
             view.require_complete()
             yield view.batch
@@ -136,8 +143,9 @@ class _BatchView:
         """A module runs."""
         self._calls[name] += 1
 
-    def show(self, name: str, x: torch.Tensor, delta: torch.Tensor) -> None:
+    def show(self, use: Use) -> None:
         """A module's inputs (B, T, I) and output gradients (B, T, O)."""
+        name, x, delta = use.name, use.activations, use.output_grads
         self._shown[name] += 1
         x, delta = x.flatten(0, 1), delta.flatten(0, 1)
         if len(x) <= self._places[-1]:

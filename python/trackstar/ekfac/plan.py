@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from trackstar.durable import require_disk
 from trackstar.ekfac.capture import TokenBatch, TokenCapture
 from trackstar.examples import Encoded
-from trackstar.modules import fan, select_modules
+from trackstar.modules import select_weights
 from trackstar.passes import BATCH_TOKENS, has_loss, vocabulary_size
 
 EIGENVECTORS = 50
@@ -128,7 +128,10 @@ def pass_bytes(capture: TokenCapture) -> int:
     """Memory of a pass: the model, and a batch's activations, gradients and logits, roughly."""
     model = capture.lean.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    features = sum(sum(fan(module)) for module in select_modules(model).values())
+    # A token sees few experts of a mixture, which are a group.
+    features = sum(
+        sum(shape) for shape in {w.group: w.shape for w in select_weights(model).values()}.values()
+    )
     logits = capture.lean.logit_tokens(BATCH_TOKENS) * vocabulary_size(model)
     # Activations are kept once, gradients and the attention's own buffers about double them. Drawing a label holds
     # twice the logits' memory beside them.

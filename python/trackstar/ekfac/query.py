@@ -15,12 +15,12 @@ from trackstar.ekfac.factors import Factors
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.plan import plan_influence
 from trackstar.ekfac.prefilter import candidates_of
-from trackstar.ekfac.result import Influence
 from trackstar.ekfac.scoring import scores_of, terms_of, thin_queries, whole_query
 from trackstar.examples import Encoded, EncodedQuery, check_vocabulary, encode_examples, encode_queries
 from trackstar.losses import Loss, output_function
 from trackstar.passes import WINDOW, check_model, position_limit, vocabulary_size
 from trackstar.progress import console, track
+from trackstar.result import Examples, Result
 from trackstar_kernels.scoring import merge_topk
 
 CANDIDATES = 10_000
@@ -48,7 +48,7 @@ def influence(
     largest: bool = True,
     output: str = "loss",
     memory: int = MEMORY,
-) -> Influence:
+) -> Result:
     """The k training examples of the most influence on the model's giving each query's target after its prompt.
 
         I(m, q) = ∇f_qᵀ (G + λI)⁻¹ ∇L_m,  summed over the factors' modules
@@ -172,7 +172,7 @@ class _Job:
                 best.append(parts[0][1])
         return torch.cat(best)
 
-    def answer(self, shortlist: torch.Tensor, k: int) -> Influence:
+    def answer(self, shortlist: torch.Tensor, k: int) -> Result:
         """The k best of each query's short list (Q, n), by their scores at full rank."""
         scores, indices, by_module, by_token = [], [], [], []
         with track("scoring anew", shortlist.numel()) as advance:
@@ -185,15 +185,16 @@ class _Job:
                 indices.append(found[0])
                 by_module.append(terms.by_module[places].float())
                 by_token.append([terms.by_token[place] for place in places])
-        return Influence(
+        return Result(
             torch.stack(scores),
             torch.stack(indices),
-            torch.stack(by_module),
-            by_token,
-            tuple(self.capture.shapes),
-            self.largest,
             self.queries,
-            self.corpus,
+            Examples(self.corpus),
+            method="ekfac",
+            largest=self.largest,
+            blocks=tuple(self.capture.shapes),
+            by_block=torch.stack(by_module),
+            by_token=by_token,
         )
 
 
