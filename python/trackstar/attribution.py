@@ -15,9 +15,10 @@ from trackstar.lean import LeanPass
 from trackstar.losses import output_function
 from trackstar.passes import check_model, rows_of, vocabulary_size
 from trackstar.result import Result
-from trackstar.scan import MEMORY, Found, Scan, plan_scan
+from trackstar.scan import MEMORY, Scan, plan_scan
 from trackstar.selection import Where, select
 from trackstar.store import Store
+from trackstar.terms import with_terms
 from trackstar_kernels import encode_rows
 
 WHITENED_TOGETHER = 64
@@ -81,7 +82,9 @@ def score_rows(
         StoreError: the store is incomplete or damaged.
     """
     scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device, rescore)
-    (found,), used = _answer(scan, rows, mixing)
+    whitened = whiten(store, rows)
+    used = _mixing(store, rows, mixing)
+    (found,) = scan.run(whitened, used)
     return found.scores, found.indices, used
 
 
@@ -97,6 +100,8 @@ def attribute(
     opponents: bool = False,
     where: Where = None,
     output: str = "loss",
+    by_block: bool = False,
+    by_token: bool = False,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
     rescore: bool = True,
@@ -121,6 +126,9 @@ def attribute(
             rewritten, and shards without such a row are not read. None looks at all.
         output: what a query's row is the gradient of: "loss" (the target's negative log-likelihood), "margin" or
             "logit".
+        by_block: fill in ``result.by_block``: each layer block's term of every score.
+        by_token: fill in ``result.by_token``: each training token's term of every score. The model runs over the
+            examples found.
         memory: bytes that the scan takes at most beyond the queries' rows (4·Q·L·d bytes), mapped pages included,
             however large the store. With less, pieces of the store are smaller, and many queries are taken in
             batches, each of which is a scan; the answer is the same.
@@ -142,7 +150,8 @@ def attribute(
     directions = (True, False) if opponents else (largest,)
     scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device, rescore)
     rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
-    found, used = _answer(scan, rows, mixing)
+    whitened = whiten(store, rows)
+    used = _mixing(store, rows, mixing)
     results = [
         Result(
             best.scores,
@@ -154,8 +163,10 @@ def attribute(
             rescored=best.rescored,
             bounds=best.bounds,
         )
-        for best, largest in zip(found, directions, strict=True)
+        for best, largest in zip(scan.run(whitened, used), directions, strict=True)
     ]
+    if by_block or by_token:
+        results = [with_terms(r, model, whitened, by_block=by_block, by_token=by_token) for r in results]
     return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
 
 
@@ -195,11 +206,14 @@ def _plan(
     )
 
 
-def _answer(scan: Scan, rows: torch.Tensor, mixing: str | float) -> tuple[list[Found], float]:
-    """What the scan finds in each direction for the queries' rows, and λ."""
-    curvature = scan.store.curvature
-    used = choose_mixing(rows, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (Q, L, d) float32 of queries as the store keeps its own, whitened by R_train."""
     whitened = torch.empty_like(rows)
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
-        out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
-    return scan.run(whitened, used), used
+        out.copy_(encode_rows(part, store.curvature.whitener, "float32")[0])
+    return whitened
+
+
+def _mixing(store: Store, rows: torch.Tensor, mixing: str | float) -> float:
+    """λ for the queries' rows, not whitened."""
+    return choose_mixing(rows, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)
