@@ -60,6 +60,7 @@ def score_rows(
     where: Where = None,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Scan the store for the k best examples of each query, given the queries' rows.
 
@@ -72,6 +73,7 @@ def score_rows(
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
         device: where the store is scored, see :func:`attribute`.
+        rescore: whether to answer from a wider copy of the rows, see :func:`attribute`.
 
     Returns:
         scores (Q, k) float32, indices (Q, k) int64, and λ.
@@ -80,9 +82,9 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device)
+    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device, rescore)
     (found,), used = _answer(scan, rows, mixing)
-    return *found, used
+    return found.scores, found.indices, used
 
 
 def attribute(
@@ -101,6 +103,7 @@ def attribute(
     by_token: bool = False,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> Result:
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
@@ -131,6 +134,9 @@ def attribute(
             batches, each of which is a scan; the answer is the same.
         device: where the store is scored: "cpu", or a CUDA device, to which it is streamed through pinned memory
             and need not fit.
+        rescore: where int8, int4 or sign rows have a wider copy beside them, answer as that does, exactly, and count
+            in ``result.rescored`` the rows that it took. False leaves the copy alone; then, and where there is none,
+            ``result.bounds`` says how far narrow rows' scores may be off.
 
     Raises:
         TypeError: ``where`` is nothing of that kind.
@@ -142,11 +148,20 @@ def attribute(
     """
     encoded = encode_queries(queries, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device)
+    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device, rescore)
     rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
     found, used = _answer(scan, rows, mixing)
     results = [
-        Result(*best, encoded, store, mixing=used, largest=largest)
+        Result(
+            best.scores,
+            best.indices,
+            encoded,
+            store,
+            mixing=used,
+            largest=largest,
+            rescored=best.rescored,
+            bounds=best.bounds,
+        )
         for best, largest in zip(found, directions, strict=True)
     ]
     if by_block or by_token:
@@ -163,6 +178,7 @@ def _plan(
     where: Where,
     memory: int,
     device: str | torch.device,
+    rescore: bool,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
     store.require_complete()
@@ -177,7 +193,15 @@ def _plan(
     if device.type != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where there is no CUDA device, got {device}")
     return plan_scan(
-        store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory, device=device
+        store,
+        chosen,
+        queries,
+        k,
+        mixed=mixing != 0,
+        directions=directions,
+        memory=memory,
+        device=device,
+        rescore=rescore,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_plan, cli_stores
+from trackstar import cli_evaluate, cli_plan, cli_stores
 from trackstar.cli_options import (
     AlsoOption,
     BlocksOption,
@@ -113,6 +113,12 @@ def query(
         ),
     ] = None,
     memory: Annotated[str, typer.Option(help="What the scan takes at most, such as 64MB or 2GB.")] = "256MB",
+    rescore: Annotated[
+        bool,
+        typer.Option(
+            "--rescore/--no-rescore", help="Answer from the wider copy of narrow rows, where there is one."
+        ),
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(help="Write the results as JSONL for the paper's viewer.")
     ] = None,
@@ -156,6 +162,7 @@ def query(
         by_block=blocks,
         by_token=tokens,
         memory=limit,
+        rescore=rescore,
     )
     print_result(result, tokenizer=tokenizer)
     if result.opponents is not None:
@@ -175,7 +182,7 @@ def info(store: StoreArgument) -> None:
     typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
-for command in (cli_plan.plan, *cli_stores.COMMANDS):
+for command in (cli_plan.plan, cli_evaluate.evaluate, *cli_stores.COMMANDS):
     app.command()(command)
 
 
