@@ -15,9 +15,10 @@ from trackstar.lean import LeanPass
 from trackstar.losses import output_function
 from trackstar.passes import check_model, rows_of, vocabulary_size
 from trackstar.result import Result
-from trackstar.scan import MEMORY, Found, Scan, plan_scan
+from trackstar.scan import MEMORY, Scan, plan_scan
 from trackstar.selection import Where, select
 from trackstar.store import Store
+from trackstar.terms import with_terms
 from trackstar_kernels import encode_rows
 
 WHITENED_TOGETHER = 64
@@ -58,6 +59,7 @@ def score_rows(
     where: Where = None,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Scan the store for the k best examples of each query, given the queries' rows.
 
@@ -70,6 +72,7 @@ def score_rows(
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
         device: where the store is scored, see :func:`attribute`.
+        rescore: whether to answer from a wider copy of the rows, see :func:`attribute`.
 
     Returns:
         scores (Q, k) float32, indices (Q, k) int64, and λ.
@@ -78,9 +81,11 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device)
-    (found,), used = _answer(scan, rows, mixing)
-    return *found, used
+    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device, rescore)
+    whitened = whiten(store, rows)
+    used = _mixing(store, rows, mixing)
+    (found,) = scan.run(whitened, used)
+    return found.scores, found.indices, used
 
 
 def attribute(
@@ -95,8 +100,11 @@ def attribute(
     opponents: bool = False,
     where: Where = None,
     output: str = "loss",
+    by_block: bool = False,
+    by_token: bool = False,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> Result:
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
@@ -118,11 +126,17 @@ def attribute(
             rewritten, and shards without such a row are not read. None looks at all.
         output: what a query's row is the gradient of: "loss" (the target's negative log-likelihood), "margin" or
             "logit".
+        by_block: fill in ``result.by_block``: each layer block's term of every score.
+        by_token: fill in ``result.by_token``: each training token's term of every score. The model runs over the
+            examples found.
         memory: bytes that the scan takes at most beyond the queries' rows (4·Q·L·d bytes), mapped pages included,
             however large the store. With less, pieces of the store are smaller, and many queries are taken in
             batches, each of which is a scan; the answer is the same.
         device: where the store is scored: "cpu", or a CUDA device, to which it is streamed through pinned memory
             and need not fit.
+        rescore: where int8, int4 or sign rows have a wider copy beside them, answer as that does, exactly, and count
+            in ``result.rescored`` the rows that it took. False leaves the copy alone; then, and where there is none,
+            ``result.bounds`` says how far narrow rows' scores may be off.
 
     Raises:
         TypeError: ``where`` is nothing of that kind.
@@ -134,13 +148,25 @@ def attribute(
     """
     encoded = encode_queries(queries, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device)
+    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device, rescore)
     rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
-    found, used = _answer(scan, rows, mixing)
+    whitened = whiten(store, rows)
+    used = _mixing(store, rows, mixing)
     results = [
-        Result(*best, encoded, store, mixing=used, largest=largest)
-        for best, largest in zip(found, directions, strict=True)
+        Result(
+            best.scores,
+            best.indices,
+            encoded,
+            store,
+            mixing=used,
+            largest=largest,
+            rescored=best.rescored,
+            bounds=best.bounds,
+        )
+        for best, largest in zip(scan.run(whitened, used), directions, strict=True)
     ]
+    if by_block or by_token:
+        results = [with_terms(r, model, whitened, by_block=by_block, by_token=by_token) for r in results]
     return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
 
 
@@ -153,6 +179,7 @@ def _plan(
     where: Where,
     memory: int,
     device: str | torch.device,
+    rescore: bool,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
     store.require_complete()
@@ -167,15 +194,26 @@ def _plan(
     if device.type != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where there is no CUDA device, got {device}")
     return plan_scan(
-        store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory, device=device
+        store,
+        chosen,
+        queries,
+        k,
+        mixed=mixing != 0,
+        directions=directions,
+        memory=memory,
+        device=device,
+        rescore=rescore,
     )
 
 
-def _answer(scan: Scan, rows: torch.Tensor, mixing: str | float) -> tuple[list[Found], float]:
-    """What the scan finds in each direction for the queries' rows, and λ."""
-    curvature = scan.store.curvature
-    used = choose_mixing(rows, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (Q, L, d) float32 of queries as the store keeps its own, whitened by R_train."""
     whitened = torch.empty_like(rows)
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
-        out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
-    return scan.run(whitened, used), used
+        out.copy_(encode_rows(part, store.curvature.whitener, "float32")[0])
+    return whitened
+
+
+def _mixing(store: Store, rows: torch.Tensor, mixing: str | float) -> float:
+    """λ for the queries' rows, not whitened."""
+    return choose_mixing(rows, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)

@@ -105,6 +105,12 @@ def query(
         ),
     ] = None,
     memory: Annotated[str, typer.Option(help="What the scan takes at most, such as 64MB or 2GB.")] = "256MB",
+    rescore: Annotated[
+        bool,
+        typer.Option(
+            "--rescore/--no-rescore", help="Answer from the wider copy of narrow rows, where there is one."
+        ),
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(help="Write the results as JSONL for the paper's viewer.")
     ] = None,
@@ -146,6 +152,7 @@ def query(
         opponents=opponents,
         where=chosen,
         memory=limit,
+        rescore=rescore,
     )
     print_result(result)
     if result.opponents is not None:
