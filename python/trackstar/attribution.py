@@ -10,12 +10,13 @@ from torch import nn
 from trackstar import fingerprint
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
-from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries
+from trackstar.examples import EncodedQuery, check_queries, encode_queries
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
-from trackstar.passes import check_model, rows_of, vocabulary_size
+from trackstar.passes import check_model, vocabulary_size
+from trackstar.queries import rows_of_queries
 from trackstar.result import Result
-from trackstar.scan import MEMORY, Scan, plan_scan
+from trackstar.scan import MEMORY, Found, Scan, plan_scan
 from trackstar.selection import Where, select
 from trackstar.store import Store
 from trackstar.terms import with_terms
@@ -40,13 +41,13 @@ def query_rows(
         ValueError: a query does not fit the model, or ``output`` is unknown.
         FloatingPointError: a query's gradient is NaN or Inf.
     """
-    loss = output_function(output)
-    check_vocabulary(queries, vocabulary_size(model), "queries")
+    output_function(output)
+    check_queries(queries, vocabulary_size(model))
     check_model(model)
     fingerprint.require_same(model, tokenizer, store)
     collector = GradientCollector(model, store.spec, store.correction)
     lean = LeanPass(model, collector.modules.values())
-    return rows_of(lean, queries, collector, loss=loss)
+    return rows_of_queries(lean, queries, collector, output)
 
 
 def score_rows(
@@ -82,9 +83,7 @@ def score_rows(
         StoreError: the store is incomplete or damaged.
     """
     scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device, rescore)
-    whitened = whiten(store, rows)
-    used = _mixing(store, rows, mixing)
-    (found,) = scan.run(whitened, used)
+    (found,), used = _answer(scan, rows, mixing)
     return found.scores, found.indices, used
 
 
@@ -115,7 +114,8 @@ def attribute(
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
         model: the model that the store was built with.
-        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
+        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id"; or with
+            several targets, or one rather than another, see :func:`trackstar.examples.encode_queries`.
         tokenizer: the model's, for queries given as text.
         k: examples per query.
         mixing: λ in [0, 1), or "auto" for the paper's rule.
@@ -150,8 +150,7 @@ def attribute(
     directions = (True, False) if opponents else (largest,)
     scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device, rescore)
     rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
-    whitened = whiten(store, rows)
-    used = _mixing(store, rows, mixing)
+    found, used = _answer(scan, rows, mixing)
     results = [
         Result(
             best.scores,
@@ -163,10 +162,10 @@ def attribute(
             rescored=best.rescored,
             bounds=best.bounds,
         )
-        for best, largest in zip(scan.run(whitened, used), directions, strict=True)
+        for best, largest in zip(found, directions, strict=True)
     ]
     if by_block or by_token:
-        results = [with_terms(r, model, whitened, by_block=by_block, by_token=by_token) for r in results]
+        results = [with_terms(r, model, rows, by_block=by_block, by_token=by_token) for r in results]
     return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
 
 
@@ -206,14 +205,11 @@ def _plan(
     )
 
 
-def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
-    """Rows (Q, L, d) float32 of queries as the store keeps its own, whitened by R_train."""
+def _answer(scan: Scan, rows: torch.Tensor, mixing: str | float) -> tuple[list[Found], float]:
+    """What the scan finds in each direction for the queries' rows, and λ."""
+    curvature = scan.store.curvature
+    used = choose_mixing(rows, curvature.eigenvalues) if mixing == "auto" else float(mixing)
     whitened = torch.empty_like(rows)
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
-        out.copy_(encode_rows(part, store.curvature.whitener, "float32")[0])
-    return whitened
-
-
-def _mixing(store: Store, rows: torch.Tensor, mixing: str | float) -> float:
-    """λ for the queries' rows, not whitened."""
-    return choose_mixing(rows, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)
+        out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
+    return scan.run(whitened, used), used
