@@ -31,7 +31,7 @@ def rescored_topk(
     A piece of the codes at a time, the rows that may be among the best of a query are scored by ``scan``: first those
     that promise most, which raises the scores to be reached, then what is left.
     """
-    count, d = len(hessian.queries[hessian.asked]), hessian.queries[0].numel()
+    count, d = hessian.count, hessian.queries[0].numel()
     bounds, sign = TaskBounds.of(hessian), 1 if largest else -1
     found: Found = torch.empty(count, 0), torch.empty(count, 0, dtype=torch.int64)
     rescored = torch.zeros(count, dtype=torch.int64)
