@@ -59,6 +59,8 @@ class SketchSpec:
         if isinstance(self.also, str) or not set(self.also) <= set(ALSO):
             raise ValueError(f"also must be a list of any of {', '.join(ALSO)}; got {self.also!r}")
         object.__setattr__(self, "also", tuple(self.also))
+        if not isinstance(self.split, Mapping):
+            raise ValueError(f"split must map name patterns to parts, got {self.split!r}")
         object.__setattr__(self, "split", {p: _check_parts(p, parts) for p, parts in self.split.items()})
 
     @property
