@@ -10,15 +10,21 @@ from torch import nn
 from trackstar import fingerprint
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
-from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries
+from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries, encode_task
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
 from trackstar.passes import check_model, rows_of, vocabulary_size
+from trackstar.progress import console
 from trackstar.result import Result
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
 from trackstar.selection import Where, select
 from trackstar.store import Store
 from trackstar_kernels import encode_rows
+
+ONE_QUERY = (
+    "R_eval of one query has rank 1 in each block, so that it moves scores and hardly their order: ask several queries "
+    "together, give a task set, or leave R_eval out with mixing 0"
+)
 
 WHITENED_TOGETHER = 64
 """Queries that are whitened at a time: what that takes beside them is not to grow with their number."""
@@ -54,6 +60,7 @@ def score_rows(
     *,
     k: int,
     mixing: str | float = "auto",
+    task: torch.Tensor | None = None,
     largest: bool = True,
     where: Where = None,
     memory: int = MEMORY,
@@ -66,6 +73,7 @@ def score_rows(
         rows: (Q, L, d) float32 from :func:`query_rows`.
         k: examples per query, from 1 to as many as ``where`` leaves.
         mixing: λ in [0, 1), or "auto" for the paper's rule.
+        task: (T, L, d) float32, rows of other queries that make R_eval; None for ``rows``.
         largest: False for the lowest scores.
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
@@ -78,8 +86,9 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device)
-    (found,), used = _answer(scan, rows, mixing)
+    count = 0 if task is None else len(task)
+    scan = _plan(store, len(rows), count, k, mixing, (largest,), where, memory, device)
+    (found,), used = _answer(scan, rows, task, mixing)
     return *found, used
 
 
@@ -91,6 +100,7 @@ def attribute(
     tokenizer: Any = None,
     k: int = 10,
     mixing: str | float = "auto",
+    task: Iterable[Mapping[str, Any]] | None = None,
     largest: bool = True,
     opponents: bool = False,
     where: Where = None,
@@ -101,8 +111,8 @@ def attribute(
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
     I(m, q) = Ḡ(m)·Ḡ(q), the cosine of whitened, corrected, projected gradients, with the mixed curvature
-    R = λ R_eval + (1 − λ) R_train and R_eval from these very queries: one scan of the store, exact for any λ.
-    An example or query without any gradient scores 0.
+    R = λ R_eval + (1 − λ) R_train and R_eval from these very queries, or from those of ``task``: one scan of the
+    store, exact for any λ. An example or query without any gradient scores 0.
 
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
@@ -111,6 +121,7 @@ def attribute(
         tokenizer: the model's, for queries given as text.
         k: examples per query.
         mixing: λ in [0, 1), or "auto" for the paper's rule.
+        task: other queries, at least two, that make R_eval in place of those that are asked; with λ = 0 nothing does.
         largest: False for the opponents, the k lowest scores.
         opponents: find the lowest scores in the same scan, as ``result.opponents``.
         where: look at these rows alone: a range, indices, a boolean mask over all rows, ids, or a function of an
@@ -133,10 +144,12 @@ def attribute(
     Source: TrackStar, arXiv 2410.17413, sections 3 and 4.
     """
     encoded = encode_queries(queries, tokenizer)
+    others = [] if task is None else encode_task(task, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device)
-    rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
-    found, used = _answer(scan, rows, mixing)
+    scan = _plan(store, len(encoded), len(others), k, mixing, directions, where, memory, device)
+    rows = query_rows(store, model, [*encoded, *others], tokenizer=tokenizer, output=output)
+    asked, other_rows = rows.split([len(encoded), len(others)])
+    found, used = _answer(scan, asked, other_rows if others else None, mixing)
     results = [
         Result(*best, encoded, store, mixing=used, largest=largest)
         for best, largest in zip(found, directions, strict=True)
@@ -147,6 +160,7 @@ def attribute(
 def _plan(
     store: Store,
     queries: int,
+    others: int,
     k: int,
     mixing: str | float,
     directions: Sequence[bool],
@@ -167,15 +181,31 @@ def _plan(
     if device.type != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where there is no CUDA device, got {device}")
     return plan_scan(
-        store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory, device=device
+        store,
+        chosen,
+        queries,
+        k,
+        task=others,
+        mixed=mixing != 0,
+        directions=directions,
+        memory=memory,
+        device=device,
     )
 
 
-def _answer(scan: Scan, rows: torch.Tensor, mixing: str | float) -> tuple[list[Found], float]:
-    """What the scan finds in each direction for the queries' rows, and λ."""
+def _answer(
+    scan: Scan, rows: torch.Tensor, task: torch.Tensor | None, mixing: str | float
+) -> tuple[list[Found], float]:
+    """What the scan finds in each direction for the queries' rows, with those of another task if given, and λ."""
     curvature = scan.store.curvature
-    used = choose_mixing(rows, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+    shaping = rows if task is None else task
+    used = choose_mixing(shaping, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+    rows = rows if task is None else torch.cat([rows, task])
+    others = None if task is None else range(len(rows) - len(task), len(rows))
     whitened = torch.empty_like(rows)
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
         out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
-    return scan.run(whitened, used), used
+    found = scan.run(whitened, used, others)
+    if used > 0 and len(shaping) == 1:
+        console().print(ONE_QUERY, soft_wrap=True)
+    return found, used

@@ -94,6 +94,10 @@ def query(
     mixing: Annotated[
         str, typer.Option(help='λ from 0 to below 1, or "auto" for the paper\'s rule.')
     ] = "auto",
+    task: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of other queries that make R_eval, in place of those that are asked."),
+    ] = None,
     opponents: Annotated[bool, typer.Option("--opponents", help="Also the lowest scores.")] = False,
     rows: Annotated[str | None, typer.Option(metavar="A:B", help="Look at rows A ≤ i < B alone.")] = None,
     ids: Annotated[Path | None, typer.Option(help="Look at the ids in this file alone, one a line.")] = None,
@@ -143,6 +147,7 @@ def query(
         tokenizer=tokenizer,
         k=k,
         mixing=share,
+        task=None if task is None else read_jsonl(task, "--task"),
         opponents=opponents,
         where=chosen,
         memory=limit,

@@ -57,39 +57,45 @@ class Scan:
     bytes: int
     device: torch.device
 
-    def run(self, queries: torch.Tensor, mixing: float) -> list[Found]:
+    def run(self, queries: torch.Tensor, mixing: float, task: range | None = None) -> list[Found]:
         """The k best of the chosen rows for each query, in each direction.
 
         A pure function of the queries and the chosen rows: what scans of the single shards find, put together
         with ``merge_topk``, is what a scan of the whole store finds.
 
         Args:
-            queries: (Q, L, d) float32, whitened, as many as were planned for.
+            queries: (Q, L, d) float32, whitened, as many as were planned for, and those of another task behind them.
             mixing: λ.
+            task: positions of the other task's queries, which make R_eval; None where all are asked and make it.
 
         Raises:
             StoreError: a shard is damaged.
         """
         with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
-            found = [self._pass(queries, mixing, batch, advance) for batch in self.batches]
+            found = [self._pass(queries, mixing, batch, task, advance) for batch in self.batches]
         return [
             (torch.cat([scores for scores, _ in parts]), torch.cat([indices for _, indices in parts]))
             for parts in zip(*found, strict=True)
         ]
 
     def _pass(
-        self, queries: torch.Tensor, mixing: float, batch: range, advance: Callable[[int], None]
+        self,
+        queries: torch.Tensor,
+        mixing: float,
+        batch: range,
+        task: range | None,
+        advance: Callable[[int], None],
     ) -> list[Found]:
         """What is found for one batch."""
-        task = prepare_task(queries.to(self.device), mixing, asked=batch)
+        prepared = prepare_task(queries.to(self.device), mixing, asked=batch, task=task)
         best = [_Best(self.k, largest) for largest in self.directions]
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
             for rows, codes, scales, squared_norms in _on_device(pieces, self.device):
                 arrays = codes, squared_norms, min(self.k, len(rows))
                 if len(best) == 1:
-                    found = [task.topk(*arrays, scales=scales, largest=best[0].largest)]
+                    found = [prepared.topk(*arrays, scales=scales, largest=best[0].largest)]
                 else:
-                    highest, lowest = task.extremes(*arrays, scales=scales)
+                    highest, lowest = prepared.extremes(*arrays, scales=scales)
                     found = [highest if one.largest else lowest for one in best]
                 for one, (scores, positions) in zip(best, found, strict=True):
                     one.add(scores.cpu(), rows[positions.cpu()])
@@ -122,6 +128,7 @@ def plan_scan(
     queries: int,
     k: int,
     *,
+    task: int = 0,
     mixed: bool = True,
     directions: Sequence[bool] = (True,),
     memory: int = MEMORY,
@@ -134,6 +141,7 @@ def plan_scan(
         chosen: the rows to look at.
         queries: Q.
         k: rows per query, 1 ≤ k ≤ len(chosen).
+        task: queries of another task that make R_eval, if it is not those that are asked.
         mixed: whether λ > 0.
         directions: see :class:`Scan`.
         memory: bytes.
@@ -146,13 +154,28 @@ def plan_scan(
     # and on their way to another device pieces pass through two buffers.
     copies = (2 if len(chosen.starts) == 1 else 3) + (0 if device.type == "cpu" else 2)
     found = fit_scan(
-        store.layout, queries, k, mixed=mixed, directions=len(directions), copies=copies, memory=memory
+        store.layout,
+        queries,
+        k,
+        task=task,
+        mixed=mixed,
+        directions=len(directions),
+        copies=copies,
+        memory=memory,
     )
     return Scan(store, chosen, k, directions, *found, device)
 
 
 def fit_scan(
-    layout: Layout, queries: int, k: int, *, mixed: bool, directions: int, copies: int, memory: int
+    layout: Layout,
+    queries: int,
+    k: int,
+    *,
+    mixed: bool,
+    directions: int,
+    copies: int,
+    memory: int,
+    task: int = 0,
 ) -> tuple[list[range], int, int]:
     """Batches, rows of a piece, and bytes of a scan: see :class:`Scan` and :func:`plan_scan`.
 
@@ -164,6 +187,7 @@ def fit_scan(
         directions: 2 where highest and lowest scores are found.
         copies: of a piece's rows that are in memory at a time.
         memory: bytes.
+        task: queries of another task.
     """
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
@@ -175,10 +199,11 @@ def fit_scan(
     per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
     fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
     if mixed:
-        rank = d if 7 * d < 8 * queries else queries
-        fixed += 4 * L * (rank + 32) * d + 192 * rank * threads + 8 * (6 * rank**2 + 2 * queries * d)
+        known = queries + task
+        rank = d if 7 * d < 8 * known else known
+        fixed += 4 * L * (rank + 32) * d + 192 * rank * threads + 8 * (6 * rank**2 + 2 * known * d)
         per_query += 4 * (L + 3) * (rank + 16)  # vectors are padded to whole panels
-        per_row = 24 * (queries + d)
+        per_row = 24 * (known + d)
     else:
         per_query += 20 * L * d
         per_row = 4 * L
