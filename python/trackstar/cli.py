@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_plan, cli_stores
+from trackstar import cli_exchange, cli_factors, cli_plan, cli_stores
 from trackstar.cli_options import (
     AlsoOption,
     BlocksOption,
@@ -161,17 +161,28 @@ def query(
 
 
 @app.command()
-def info(store: StoreArgument) -> None:
+def info(
+    store: StoreArgument,
+    curvature: Annotated[
+        bool,
+        typer.Option("--curvature", help="Its R_train instead: ranks, spectrum, outliers. Reads all rows."),
+    ] = False,
+) -> None:
     """Describe a store."""
     from trackstar.store import open_store
 
     opened = open_store(store)
     typer.echo(f"{opened}")
+    if curvature:
+        from trackstar.spectrum import print_spectrum, spectrum_of
+
+        print_spectrum(spectrum_of(opened))
+        return
     typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
-for command in (cli_plan.plan, *cli_stores.COMMANDS):
-    app.command()(command)
+for command in (cli_plan.plan, *cli_stores.COMMANDS, *cli_factors.COMMANDS, *cli_exchange.COMMANDS):
+    app.command(command.__name__.rstrip("_"))(command)
 
 
 def _correction(
