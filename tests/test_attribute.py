@@ -92,6 +92,14 @@ def test_r_eval_may_come_from_another_task(made, mixing, count, others):
     assert (with_rows[0] - scores[:, :10]).abs().max() < 1e-4
 
 
+def test_terms_sum_to_scores_under_another_task(made):
+    model, _, _, store = made
+    result = attribute(
+        store, model, make_queries(2), k=4, mixing=0.9, task=make_queries(5, seed=8), by_block=True
+    )
+    torch.testing.assert_close(result.by_block.sum(2), result.scores, rtol=0, atol=1e-5)
+
+
 def test_the_task_decides_lambda_and_not_who_asks(made, capsys):
     model, _, _, store = made
     task = make_queries(6, seed=8)

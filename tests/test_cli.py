@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,20 @@ def test_a_query_of_part_of_the_store(folder, store, monkeypatch, capsys, tmp_pa
         assert err.endswith(
             f"k must be an int from 1 to {count} (the examples that where leaves), got {count + 1}\n"
         )
+
+
+def test_a_wider_copy_is_said_to_have_been_used(folder, store, monkeypatch, capsys, tmp_path):
+    narrow = tmp_path / "narrow"
+    options = ("--dtype", "sign", "--wide", "float16")
+    assert call_main(monkeypatch, capsys, "reencode", store, "--out", narrow, *options)[0] == 0
+    question = ("--model", folder / "model", "--prompt", "the capital of Peru is", "--target", "Lima")
+    code, out, _ = call_main(monkeypatch, capsys, "query", narrow, *question, "--opponents")
+    assert code == 0
+    assert out.count(", exact, 18 rows rescored)") == 2
+    code, out, _ = call_main(monkeypatch, capsys, "query", narrow, *question, "--no-rescore")
+    assert code == 0
+    assert re.search(r", scores ± [012]\.\d+ at most\)", out)
+    assert "rescored" not in out
 
 
 def test_info_and_verify(store, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from trackstar.result import Result
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
 from trackstar.selection import Where, select
 from trackstar.store import Store
+from trackstar.terms import with_terms
 from trackstar_kernels import encode_rows
 
 ONE_QUERY = (
@@ -65,6 +66,7 @@ def score_rows(
     where: Where = None,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Scan the store for the k best examples of each query, given the queries' rows.
 
@@ -78,6 +80,7 @@ def score_rows(
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
         device: where the store is scored, see :func:`attribute`.
+        rescore: whether to answer from a wider copy of the rows, see :func:`attribute`.
 
     Returns:
         scores (Q, k) float32, indices (Q, k) int64, and λ.
@@ -87,9 +90,12 @@ def score_rows(
         StoreError: the store is incomplete or damaged.
     """
     count = 0 if task is None else len(task)
-    scan = _plan(store, len(rows), count, k, mixing, (largest,), where, memory, device)
-    (found,), used = _answer(scan, rows, task, mixing)
-    return *found, used
+    scan = _plan(store, len(rows), count, k, mixing, (largest,), where, memory, device, rescore)
+    whitened = whiten(store, rows)
+    others = None if task is None else whiten(store, task)
+    used = _mixing(store, rows if task is None else task, mixing)
+    (found,) = _run(scan, whitened, others, used)
+    return found.scores, found.indices, used
 
 
 def attribute(
@@ -105,8 +111,11 @@ def attribute(
     opponents: bool = False,
     where: Where = None,
     output: str = "loss",
+    by_block: bool = False,
+    by_token: bool = False,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> Result:
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
@@ -129,11 +138,17 @@ def attribute(
             rewritten, and shards without such a row are not read. None looks at all.
         output: what a query's row is the gradient of: "loss" (the target's negative log-likelihood), "margin" or
             "logit".
+        by_block: fill in ``result.by_block``: each layer block's term of every score.
+        by_token: fill in ``result.by_token``: each training token's term of every score. The model runs over the
+            examples found.
         memory: bytes that the scan takes at most beyond the queries' rows (4·Q·L·d bytes), mapped pages included,
             however large the store. With less, pieces of the store are smaller, and many queries are taken in
             batches, each of which is a scan; the answer is the same.
         device: where the store is scored: "cpu", or a CUDA device, to which it is streamed through pinned memory
             and need not fit.
+        rescore: where int8, int4 or sign rows have a wider copy beside them, answer as that does, exactly, and count
+            in ``result.rescored`` the rows that it took. False leaves the copy alone; then, and where there is none,
+            ``result.bounds`` says how far narrow rows' scores may be off.
 
     Raises:
         TypeError: ``where`` is nothing of that kind.
@@ -146,14 +161,28 @@ def attribute(
     encoded = encode_queries(queries, tokenizer)
     others = [] if task is None else encode_task(task, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), len(others), k, mixing, directions, where, memory, device)
+    scan = _plan(store, len(encoded), len(others), k, mixing, directions, where, memory, device, rescore)
     rows = query_rows(store, model, [*encoded, *others], tokenizer=tokenizer, output=output)
-    asked, other_rows = rows.split([len(encoded), len(others)])
-    found, used = _answer(scan, asked, other_rows if others else None, mixing)
+    asked, shaping = rows.split([len(encoded), len(others)])
+    used = _mixing(store, shaping if others else asked, mixing)
+    whitened, task_rows = whiten(store, asked), whiten(store, shaping) if others else None
     results = [
-        Result(*best, encoded, store, mixing=used, largest=largest)
-        for best, largest in zip(found, directions, strict=True)
+        Result(
+            best.scores,
+            best.indices,
+            encoded,
+            store,
+            mixing=used,
+            largest=largest,
+            rescored=best.rescored,
+            bounds=best.bounds,
+        )
+        for best, largest in zip(_run(scan, whitened, task_rows, used), directions, strict=True)
     ]
+    if by_block or by_token:
+        results = [
+            with_terms(r, model, whitened, task_rows, by_block=by_block, by_token=by_token) for r in results
+        ]
     return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
 
 
@@ -167,6 +196,7 @@ def _plan(
     where: Where,
     memory: int,
     device: str | torch.device,
+    rescore: bool,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
     store.require_complete()
@@ -190,22 +220,30 @@ def _plan(
         directions=directions,
         memory=memory,
         device=device,
+        rescore=rescore,
     )
 
 
-def _answer(
-    scan: Scan, rows: torch.Tensor, task: torch.Tensor | None, mixing: str | float
-) -> tuple[list[Found], float]:
-    """What the scan finds in each direction for the queries' rows, with those of another task if given, and λ."""
-    curvature = scan.store.curvature
-    shaping = rows if task is None else task
-    used = choose_mixing(shaping, curvature.eigenvalues) if mixing == "auto" else float(mixing)
-    rows = rows if task is None else torch.cat([rows, task])
-    others = None if task is None else range(len(rows) - len(task), len(rows))
+def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (Q, L, d) float32 of queries as the store keeps its own, whitened by R_train."""
     whitened = torch.empty_like(rows)
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
-        out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
-    found = scan.run(whitened, used, others)
-    if used > 0 and len(shaping) == 1:
+        out.copy_(encode_rows(part, store.curvature.whitener, "float32")[0])
+    return whitened
+
+
+def _mixing(store: Store, rows: torch.Tensor, mixing: str | float) -> float:
+    """λ for the rows that make R_eval, not whitened."""
+    return choose_mixing(rows, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)
+
+
+def _run(scan: Scan, queries: torch.Tensor, task: torch.Tensor | None, mixing: float) -> list[Found]:
+    """What the scan finds for whitened queries, whose R_eval is that of the whitened task, if there is one."""
+    if task is None:
+        found = scan.run(queries, mixing)
+    else:
+        both = torch.cat([queries, task])
+        found = scan.run(both, mixing, range(len(queries), len(both)))
+    if mixing > 0 and len(queries if task is None else task) == 1:
         console().print(ONE_QUERY, soft_wrap=True)
-    return found, used
+    return found

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_exchange, cli_factors, cli_plan, cli_stores
+from trackstar import cli_evaluate, cli_exchange, cli_factors, cli_plan, cli_stores
 from trackstar.cli_options import (
     AlsoOption,
     BlocksOption,
@@ -109,6 +109,12 @@ def query(
         ),
     ] = None,
     memory: Annotated[str, typer.Option(help="What the scan takes at most, such as 64MB or 2GB.")] = "256MB",
+    rescore: Annotated[
+        bool,
+        typer.Option(
+            "--rescore/--no-rescore", help="Answer from the wider copy of narrow rows, where there is one."
+        ),
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(help="Write the results as JSONL for the paper's viewer.")
     ] = None,
@@ -151,6 +157,7 @@ def query(
         opponents=opponents,
         where=chosen,
         memory=limit,
+        rescore=rescore,
     )
     print_result(result)
     if result.opponents is not None:
@@ -181,7 +188,13 @@ def info(
     typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
-for command in (cli_plan.plan, *cli_stores.COMMANDS, *cli_factors.COMMANDS, *cli_exchange.COMMANDS):
+for command in (
+    cli_plan.plan,
+    cli_evaluate.evaluate,
+    *cli_stores.COMMANDS,
+    *cli_factors.COMMANDS,
+    *cli_exchange.COMMANDS,
+):
     app.command(command.__name__.rstrip("_"))(command)
 
 
