@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trackstar.errors import StoreError as StoreError
     from trackstar.merge import merge_stores as merge_stores
     from trackstar.passes import collect_rows as collect_rows
+    from trackstar.patching import TailPatch as TailPatch
+    from trackstar.patching import tail_patch as tail_patch
     from trackstar.repair import repair_store as repair_store
     from trackstar.report import print_result as print_result
     from trackstar.result import Result as Result
@@ -41,6 +43,7 @@ _HOMES = {
     "SketchSpec": "spec",
     "Store": "store",
     "StoreError": "errors",
+    "TailPatch": "patching",
     "TrainerRows": "training",
     "append_store": "append",
     "attribute": "attribution",
@@ -53,6 +56,7 @@ _HOMES = {
     "reencode_store": "rewriting",
     "repair_store": "repair",
     "rewhiten_store": "rewriting",
+    "tail_patch": "patching",
     "verify_store": "verify",
 }
 
