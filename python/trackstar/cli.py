@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_plan, cli_stores, cli_tail_patch
+from trackstar import cli_evaluate, cli_plan, cli_stores, cli_tail_patch
 from trackstar.cli_options import (
     AlsoOption,
     BlocksOption,
@@ -165,7 +165,7 @@ def info(store: StoreArgument) -> None:
     typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
-for command in (cli_plan.plan, cli_tail_patch.tail_patch, *cli_stores.COMMANDS):
+for command in (cli_plan.plan, cli_evaluate.evaluate, cli_tail_patch.tail_patch, *cli_stores.COMMANDS):
     app.command()(command)
 
 
