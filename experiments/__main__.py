@@ -6,7 +6,7 @@ import time
 
 from experiments.study import study
 
-PARTS = ("provenance", "ladder", "sweeps", "report")
+PARTS = ("provenance", "ladder", "sweeps", "lds", "removal", "report")
 """In order. Each is also a command of its own: python -m experiments.<part>."""
 
 
