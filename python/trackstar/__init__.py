@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from trackstar.export import export_rows as export_rows
     from trackstar.merge import merge_stores as merge_stores
     from trackstar.passes import collect_rows as collect_rows
+    from trackstar.patching import TailPatch as TailPatch
+    from trackstar.patching import tail_patch as tail_patch
     from trackstar.repair import repair_store as repair_store
     from trackstar.report import print_result as print_result
     from trackstar.result import Result as Result
@@ -45,6 +47,7 @@ _HOMES = {
     "SketchSpec": "spec",
     "Store": "store",
     "StoreError": "errors",
+    "TailPatch": "patching",
     "TrainerRows": "training",
     "append_store": "append",
     "attribute": "attribution",
@@ -61,6 +64,7 @@ _HOMES = {
     "repair_store": "repair",
     "rewhiten_store": "rewriting",
     "rows_from_bergson": "bergson",
+    "tail_patch": "patching",
     "verify_store": "verify",
 }
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_evaluate, cli_exchange, cli_factors, cli_plan, cli_stores
+from trackstar import cli_evaluate, cli_exchange, cli_factors, cli_plan, cli_stores, cli_tail_patch
 from trackstar.cli_options import (
     AlsoOption,
     BlocksOption,
@@ -201,6 +201,7 @@ def info(
 for command in (
     cli_plan.plan,
     cli_evaluate.evaluate,
+    cli_tail_patch.tail_patch,
     *cli_stores.COMMANDS,
     *cli_factors.COMMANDS,
     *cli_exchange.COMMANDS,
