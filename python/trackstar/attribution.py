@@ -10,14 +10,16 @@ from torch import nn
 from trackstar import fingerprint
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
-from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries
+from trackstar.examples import EncodedQuery, check_queries, encode_queries
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
-from trackstar.passes import check_model, rows_of, vocabulary_size
+from trackstar.passes import check_model, vocabulary_size
+from trackstar.queries import rows_of_queries
 from trackstar.result import Result
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
 from trackstar.selection import Where, select
 from trackstar.store import Store
+from trackstar.terms import with_terms
 from trackstar_kernels import encode_rows
 
 WHITENED_TOGETHER = 64
@@ -39,13 +41,13 @@ def query_rows(
         ValueError: a query does not fit the model, or ``output`` is unknown.
         FloatingPointError: a query's gradient is NaN or Inf.
     """
-    loss = output_function(output)
-    check_vocabulary(queries, vocabulary_size(model), "queries")
+    output_function(output)
+    check_queries(queries, vocabulary_size(model))
     check_model(model)
     fingerprint.require_same(model, tokenizer, store)
     collector = GradientCollector(model, store.spec, store.correction)
     lean = LeanPass(model, collector.modules.values())
-    return rows_of(lean, queries, collector, loss=loss)
+    return rows_of_queries(lean, queries, collector, output)
 
 
 def score_rows(
@@ -58,6 +60,7 @@ def score_rows(
     where: Where = None,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Scan the store for the k best examples of each query, given the queries' rows.
 
@@ -70,6 +73,7 @@ def score_rows(
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
         device: where the store is scored, see :func:`attribute`.
+        rescore: whether to answer from a wider copy of the rows, see :func:`attribute`.
 
     Returns:
         scores (Q, k) float32, indices (Q, k) int64, and λ.
@@ -78,9 +82,9 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device)
+    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device, rescore)
     (found,), used = _answer(scan, rows, mixing)
-    return *found, used
+    return found.scores, found.indices, used
 
 
 def attribute(
@@ -95,8 +99,11 @@ def attribute(
     opponents: bool = False,
     where: Where = None,
     output: str = "loss",
+    by_block: bool = False,
+    by_token: bool = False,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> Result:
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
@@ -107,7 +114,8 @@ def attribute(
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
         model: the model that the store was built with.
-        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
+        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id"; or with
+            several targets, or one rather than another, see :func:`trackstar.examples.encode_queries`.
         tokenizer: the model's, for queries given as text.
         k: examples per query.
         mixing: λ in [0, 1), or "auto" for the paper's rule.
@@ -118,11 +126,17 @@ def attribute(
             rewritten, and shards without such a row are not read. None looks at all.
         output: what a query's row is the gradient of: "loss" (the target's negative log-likelihood), "margin" or
             "logit".
+        by_block: fill in ``result.by_block``: each layer block's term of every score.
+        by_token: fill in ``result.by_token``: each training token's term of every score. The model runs over the
+            examples found.
         memory: bytes that the scan takes at most beyond the queries' rows (4·Q·L·d bytes), mapped pages included,
             however large the store. With less, pieces of the store are smaller, and many queries are taken in
             batches, each of which is a scan; the answer is the same.
         device: where the store is scored: "cpu", or a CUDA device, to which it is streamed through pinned memory
             and need not fit.
+        rescore: where int8, int4 or sign rows have a wider copy beside them, answer as that does, exactly, and count
+            in ``result.rescored`` the rows that it took. False leaves the copy alone; then, and where there is none,
+            ``result.bounds`` says how far narrow rows' scores may be off.
 
     Raises:
         TypeError: ``where`` is nothing of that kind.
@@ -134,13 +148,24 @@ def attribute(
     """
     encoded = encode_queries(queries, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device)
+    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device, rescore)
     rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
     found, used = _answer(scan, rows, mixing)
     results = [
-        Result(*best, encoded, store, mixing=used, largest=largest)
+        Result(
+            best.scores,
+            best.indices,
+            encoded,
+            store,
+            mixing=used,
+            largest=largest,
+            rescored=best.rescored,
+            bounds=best.bounds,
+        )
         for best, largest in zip(found, directions, strict=True)
     ]
+    if by_block or by_token:
+        results = [with_terms(r, model, rows, by_block=by_block, by_token=by_token) for r in results]
     return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
 
 
@@ -153,6 +178,7 @@ def _plan(
     where: Where,
     memory: int,
     device: str | torch.device,
+    rescore: bool,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
     store.require_complete()
@@ -167,7 +193,15 @@ def _plan(
     if device.type != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where there is no CUDA device, got {device}")
     return plan_scan(
-        store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory, device=device
+        store,
+        chosen,
+        queries,
+        k,
+        mixed=mixing != 0,
+        directions=directions,
+        memory=memory,
+        device=device,
+        rescore=rescore,
     )
 
 
