@@ -2,8 +2,9 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from trackstar.ekfac import fit_factors
@@ -15,7 +16,7 @@ from trackstar.losses import nll
 
 from experiments import corpus, retrieval
 from experiments.provenance import checkpoint, load_model, questions
-from experiments.quality import difference, measured
+from experiments.quality import Ranking, difference, measured
 from experiments.scores import automatic_mixing, ranking, scores
 from experiments.stores import EXACT, built, passage_rows, question_rows
 from experiments.study import Study, cached, chosen, parser
@@ -41,14 +42,19 @@ def main(argv: list[str] | None = None) -> int:
     for name in given.methods or METHODS:
         scored(here, name)
     found = {name: scored(here, name) for name in METHODS if _file(here, name).is_file()}
-    asked = questions(here)
     passages, _ = corpus.load(here)
+    asked = [
+        question | {"passages with the answer": _spread(question, passages)} for question in questions(here)
+    ]
     ids = [passage["id"] for passage in passages]
     rankings = {name: ranking(values, ids) for name, values in found.items()}
     results = {
         "questions": len(asked),
         "passages": len(passages),
         "quality": measured(rankings, asked),
+        "top passage without gold, but with the answer": {
+            name: _answer_elsewhere(ranked, asked, passages) for name, ranked in rankings.items()
+        },
         "MRR above TrackStar's": {
             name: dataclasses.asdict(difference(ranked, rankings[TRACKSTAR], asked))
             for name, ranked in rankings.items()
@@ -57,6 +63,27 @@ def main(argv: list[str] | None = None) -> int:
     }
     here.write("ladder", results)
     return 0
+
+
+def _spread(question: Mapping[str, Any], passages: Sequence[corpus.Passage]) -> str:
+    """In how many passages the answer's words stand."""
+    answer = question["target"].strip()
+    count = sum(answer in passage["text"] for passage in passages)
+    return "1" if count == 1 else "2 to 4" if count < 5 else "5 or more"
+
+
+def _answer_elsewhere(
+    ranked: Ranking, asked: Sequence[Mapping[str, Any]], passages: Sequence[corpus.Passage]
+) -> list[int]:
+    """Questions whose first passage is not gold: those where the answer's words stand in it, and all."""
+    texts = {passage["id"]: passage["text"] for passage in passages}
+    missed = [
+        (question, found[0])
+        for question, found in zip(asked, ranked, strict=True)
+        if found[0] not in question["gold"]
+    ]
+    elsewhere = [question for question, first in missed if question["target"].strip() in texts[first]]
+    return [len(elsewhere), len(missed)]
 
 
 def scored(here: Study, name: str) -> torch.Tensor:
@@ -111,6 +138,7 @@ METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
     "V, norm": lambda here: _by_rows(here, EXACT, whitened=False),
     "R, norm": lambda here: _by_rows(here, None),
     "R, no norm (LoGra)": lambda here: _by_rows(here, None, unit_norm=False),
+    "R mixed, norm": lambda here: _by_rows(here, None, mixed=True),
     "V, R, norm": lambda here: _by_rows(here, EXACT),
     TRACKSTAR: lambda here: _by_rows(here, EXACT, mixed=True),
     "EK-FAC": _by_ekfac,

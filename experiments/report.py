@@ -120,6 +120,14 @@ def _ladder(page: Document, record: Mapping[str, Any], folder: Path) -> None:
     ]
     page.text("TrackStar against each, question by question (relation gold, paired bootstrap):")
     page.table(["method", "MRR above TrackStar's"], lines)
+    page.text(
+        "Misses that are no accident: of the questions whose first passage is not the one that states the fact, those "
+        "where it has the answer's words all the same."
+    )
+    elsewhere = results["top passage without gold, but with the answer"]
+    page.table(
+        ["method", "with the answer", "of"], [[method, *counts] for method, counts in elsewhere.items()]
+    )
     relations = _values(quality, "relation", "relation")
     table = [[rows[m]["mrr"]["value"] for m in methods] for rows in relations.values()]
     labels = [f"{name} ({rows[methods[0]]['queries']})" for name, rows in relations.items()]
@@ -128,6 +136,7 @@ def _ladder(page: Document, record: Mapping[str, Any], folder: Path) -> None:
     for field, gold, title in (
         ("knows", "relation", "Does the fine-tuned model answer correctly?"),
         ("knew", "relation", "Did the model answer correctly before?"),
+        ("passages with the answer", "relation", "In how many passages do the answer's words stand?"),
         ("gold passages", "lexical", "How many passages mention both (lexical gold)?"),
     ):
         page.heading(title, 3)
