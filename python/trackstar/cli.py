@@ -206,7 +206,7 @@ for command in (
     *cli_factors.COMMANDS,
     *cli_exchange.COMMANDS,
 ):
-    app.command(command.__name__.rstrip("_"))(command)
+    app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
 
 
 def _correction(
