@@ -91,7 +91,7 @@ def sweeps(parts: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     figure, panels = plt.subplots(
-        lines, columns, figsize=(4 * columns, 3 * lines), sharey=True, squeeze=False
+        lines, columns, figsize=(4 * columns, 3 * lines), sharey=True, squeeze=False, layout="constrained"
     )
     for axes in panels.flat[len(parts) :]:
         axes.remove()

@@ -66,7 +66,7 @@ def damping(rows: Rows) -> Iterator[Setting]:
 
 
 def sketch(rows: Rows) -> Iterator[Setting]:
-    """P = q of the sketch of each module (Figure 2): corners of the sketches of 16, which are sketches themselves."""
+    """Size p = q of each module's sketch (Figure 2): corners of the sketches of 16, which are sketches themselves."""
     size = rows.store.spec.sketch
     for p in (1, 2, 4, 8, 12, size):
         corners = [
