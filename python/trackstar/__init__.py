@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from trackstar.append import append_store as append_store
     from trackstar.attribution import attribute as attribute
     from trackstar.build import build_store as build_store
+    from trackstar.checkpoints import tracin as tracin
     from trackstar.collector import GradientCollector as GradientCollector
+    from trackstar.companion import companion_store as companion_store
     from trackstar.correction import Correction as Correction
     from trackstar.deletion import delete_rows as delete_rows
     from trackstar.errors import StoreError as StoreError
@@ -46,6 +48,7 @@ _HOMES = {
     "attribute": "attribution",
     "build_store": "build",
     "collect_rows": "passes",
+    "companion_store": "companion",
     "delete_rows": "deletion",
     "merge_stores": "merge",
     "open_store": "store",
@@ -53,6 +56,7 @@ _HOMES = {
     "reencode_store": "rewriting",
     "repair_store": "repair",
     "rewhiten_store": "rewriting",
+    "tracin": "checkpoints",
     "verify_store": "verify",
 }
 

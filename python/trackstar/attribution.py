@@ -1,6 +1,7 @@
-"""Asking a store which training examples made a model say this."""
+"""Asking a store which training examples made a model say this, by any method."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,17 +9,23 @@ import torch
 from torch import nn
 
 from trackstar import fingerprint
+from trackstar.baselines import Encoder, bm25_scores, chosen_texts, read_queries
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
 from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
+from trackstar.methods import GRADIENTS, READERS, Gradients, require_method, require_rows
 from trackstar.passes import check_model, rows_of, vocabulary_size
-from trackstar.result import Result
+from trackstar.probability import stored_probabilities
+from trackstar.products import by_unwhitened_norm, by_weight, unwhitening_queries
+from trackstar.result import Result, joined
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
-from trackstar.selection import Where, select
+from trackstar.selection import Where, select, select_at_least
 from trackstar.store import Store
+from trackstar.stored_examples import stored_parts
 from trackstar_kernels import encode_rows
+from trackstar_kernels.scoring import merge_topk
 
 WHITENED_TOGETHER = 64
 """Queries that are whitened at a time: what that takes beside them is not to grow with their number."""
@@ -30,16 +37,18 @@ def query_rows(
     queries: Sequence[EncodedQuery],
     *,
     tokenizer: Any = None,
-    output: str = "loss",
+    output: str | None = None,
 ) -> torch.Tensor:
     """Rows (Q, L, d) float32 of the queries, projected and corrected as the store's are, not whitened.
+
+    They are gradients of ``output``, or, with None, of what the store's rows are gradients of.
 
     Raises:
         StoreError: the store was built with another model or tokenizer.
         ValueError: a query does not fit the model, or ``output`` is unknown.
         FloatingPointError: a query's gradient is NaN or Inf.
     """
-    loss = output_function(output)
+    loss = output_function(store.output if output is None else output)
     check_vocabulary(queries, vocabulary_size(model), "queries")
     check_model(model)
     fingerprint.require_same(model, tokenizer, store)
@@ -59,7 +68,7 @@ def score_rows(
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Scan the store for the k best examples of each query, given the queries' rows.
+    """Scan the store for the k best examples of each query by TrackStar, given the queries' rows.
 
     Args:
         store: a complete store.
@@ -78,74 +87,143 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device)
-    (found,), used = _answer(scan, rows, mixing)
+    method = GRADIENTS["trackstar"]
+    scan = _plan(store, method, len(rows), k, mixing, (largest,), where, memory, device)
+    (found,), used = _answer(scan, method, rows, mixing)
     return *found, used
 
 
 def attribute(
     store: Store,
-    model: nn.Module,
+    model: nn.Module | None,
     queries: Iterable[Mapping[str, Any]],
     *,
     tokenizer: Any = None,
+    method: str = "trackstar",
     k: int = 10,
     mixing: str | float = "auto",
     largest: bool = True,
     opponents: bool = False,
     where: Where = None,
-    output: str = "loss",
+    output: str | None = None,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    factors: str | os.PathLike[str] | None = None,
+    encoder: str | os.PathLike[str] | None = None,
 ) -> Result:
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
-    I(m, q) = Ḡ(m)·Ḡ(q), the cosine of whitened, corrected, projected gradients, with the mixed curvature
-    R = λ R_eval + (1 − λ) R_train and R_eval from these very queries: one scan of the store, exact for any λ.
-    An example or query without any gradient scores 0.
+    By TrackStar, I(m, q) = Ḡ(m)·Ḡ(q), the cosine of whitened, corrected, projected gradients, with the mixed
+    curvature R = λ R_eval + (1 − λ) R_train and R_eval from these very queries: one scan of the store, exact for any
+    λ. An example or query without any gradient scores 0. docs/methods.md has the other methods' formulas.
 
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
-        model: the model that the store was built with.
+        model: the model that the store was built with; None where the method is "bm25" or "dense".
         queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
         tokenizer: the model's, for queries given as text.
+        method: a name in :data:`trackstar.methods.METHODS`. Some need other rows than a store may hold
+            (:func:`companion_store` builds a store of them), and "trak" a pass over the store's examples, once.
         k: examples per query.
-        mixing: λ in [0, 1), or "auto" for the paper's rule.
+        mixing: λ in [0, 1), or "auto" for the paper's rule; "trackstar" alone mixes.
         largest: False for the opponents, the k lowest scores.
         opponents: find the lowest scores in the same scan, as ``result.opponents``.
         where: look at these rows alone: a range, indices, a boolean mask over all rows, ids, or a function of an
             example (its ``index``, ``id``, ``text`` and ``metadata``) that says whether to keep it. Nothing is
             rewritten, and shards without such a row are not read. None looks at all.
         output: what a query's row is the gradient of: "loss" (the target's negative log-likelihood), "margin" or
-            "logit".
+            "logit"; None for what the store's rows are gradients of.
         memory: bytes that the scan takes at most beyond the queries' rows (4·Q·L·d bytes), mapped pages included,
             however large the store. With less, pieces of the store are smaller, and many queries are taken in
             batches, each of which is a scan; the answer is the same.
         device: where the store is scored: "cpu", or a CUDA device, to which it is streamed through pinned memory
             and need not fit.
+        factors: folder of EK-FAC's factors, for "ekfac".
+        encoder: folder of a sentence-transformers model, for "dense".
 
     Raises:
         TypeError: ``where`` is nothing of that kind.
-        ValueError: an argument is not usable.
+        ValueError: an argument is not usable, or the store does not hold the rows that the method scores.
         StoreError: the store is incomplete, damaged, or of another model or tokenizer.
         FloatingPointError: a query's gradient is NaN or Inf.
+        ImportError: "bm25" without bm25s.
 
     Source: TrackStar, arXiv 2410.17413, sections 3 and 4.
     """
-    encoded = encode_queries(queries, tokenizer)
+    require_method(method)
+    for name, value, user in (("factors", factors, "ekfac"), ("encoder", encoder, "dense")):
+        if (value is not None) != (method == user):
+            wanted = f"given with method {user}" if method == user else f"None with method {method}"
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    if mixing != "auto" and method != "trackstar":
+        raise ValueError(f'mixing must be "auto" with method {method}, which mixes nothing, got {mixing!r}')
+    given = list(queries)
+    encoded = (read_queries if method in READERS else encode_queries)(given, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device)
-    rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
-    found, used = _answer(scan, rows, mixing)
+    used = None
+    if method in READERS:
+        chosen = select_at_least(store, where, k)
+        # How rare a word is, the whole corpus says.
+        texts, positions = chosen_texts(store, select(store) if method == "bm25" else chosen)
+        asked = [query.text for query in encoded]
+        scores = bm25_scores(asked, texts) if encoder is None else Encoder(encoder).scores(asked, texts)
+        kept = torch.isin(positions, chosen.rows)
+        parts = [(scores[:, kept], positions[kept].expand(len(asked), -1))]
+        found = [merge_topk(parts, k, largest) for largest in directions]
+    elif model is None:
+        raise ValueError(f"model must be given with method {method}, got None")
+    elif factors is not None:
+        return _influence(store, model, given, tokenizer, k, directions, where, output, factors)
+    else:
+        kind = GRADIENTS[method]
+        require_rows(method, store)
+        scan = _plan(store, kind, len(encoded), k, mixing, directions, where, memory, device)
+        rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
+        weights = _weights(store, model, tokenizer) if kind.weighted else None
+        found, share = _answer(scan, kind, rows, mixing, weights)
+        used = share if kind.mixed else None
     results = [
-        Result(*best, encoded, store, mixing=used, largest=largest)
+        Result(*best, encoded, store, method=method, mixing=used, largest=largest)
         for best, largest in zip(found, directions, strict=True)
     ]
-    return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
+    return joined(results)
+
+
+def _influence(
+    store: Store,
+    model: nn.Module,
+    queries: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    k: int,
+    directions: Sequence[bool],
+    where: Where,
+    output: str | None,
+    factors: str | os.PathLike[str],
+) -> Result:
+    """EK-FAC's influences of the store's examples: a run for each direction."""
+    from trackstar.ekfac import influence, open_factors
+
+    positions = select_at_least(store, where, k).rows
+    examples = [example for part in stored_parts(store) for example in part]
+    results = []
+    for largest in directions:
+        result = influence(
+            open_factors(factors),
+            model,
+            [examples[i] for i in positions.tolist()],
+            queries,
+            tokenizer=tokenizer,
+            k=k,
+            largest=largest,
+            output=output or "loss",
+        )
+        results.append(dataclasses.replace(result, indices=positions[result.indices], corpus=store))
+    return joined(results)
 
 
 def _plan(
     store: Store,
+    method: Gradients,
     queries: int,
     k: int,
     mixing: str | float,
@@ -155,27 +233,57 @@ def _plan(
     device: str | torch.device,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
-    store.require_complete()
     number = isinstance(mixing, int | float) and not isinstance(mixing, bool)
     if mixing != "auto" and not (number and 0 <= mixing < 1):  # type: ignore[operator]
         raise ValueError(f'mixing must be "auto" or a number with 0 ≤ mixing < 1, got {mixing!r}')
-    chosen = select(store, where)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(chosen):
-        limit = "the store's examples" if len(chosen) == len(store) else "the examples that where leaves"
-        raise ValueError(f"k must be an int from 1 to {len(chosen)} ({limit}), got {k!r}")
+    chosen = select_at_least(store, where, k)
     device = torch.device(device)
     if device.type != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where there is no CUDA device, got {device}")
     return plan_scan(
-        store, chosen, queries, k, mixed=mixing != 0, directions=directions, memory=memory, device=device
+        store,
+        chosen,
+        queries,
+        k,
+        mixed=method.mixed and mixing != 0,
+        unwhitened_norms=method.unit_norm and not method.whitened,
+        directions=directions,
+        memory=memory,
+        device=device,
     )
 
 
-def _answer(scan: Scan, rows: torch.Tensor, mixing: str | float) -> tuple[list[Found], float]:
-    """What the scan finds in each direction for the queries' rows, and λ."""
-    curvature = scan.store.curvature
-    used = choose_mixing(rows, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+def _weights(store: Store, model: nn.Module, tokenizer: Any) -> torch.Tensor:
+    """TRAK's (1 − p̄)/N (end,) float32 of the store's rows: as R is the mean ΦᵀΦ/N, (ΦᵀΦ)⁻¹ is R⁻¹/N."""
+    return (1 - stored_probabilities(store, model, tokenizer)) / len(store)
+
+
+def _answer(
+    scan: Scan,
+    method: Gradients,
+    rows: torch.Tensor,
+    mixing: str | float,
+    weights: torch.Tensor | None = None,
+) -> tuple[list[Found], float]:
+    """What the scan finds in each direction for the queries' rows, and λ.
+
+    Args:
+        scan: what :func:`_plan` made for the method.
+        method: how to compare.
+        rows: (Q, L, d) of the queries, not whitened.
+        mixing: λ or "auto".
+        weights: (end,) float32 of the store's rows, where the method weighs them.
+    """
+    curvature, used = scan.store.curvature, 0.0
+    if not method.whitened:
+        queries = unwhitening_queries(rows, curvature, unit_norm=method.unit_norm)
+        weigh = by_unwhitened_norm(curvature, scan.device) if method.unit_norm else None
+        return scan.products(queries, weigh), used
+    if method.mixed:
+        used = choose_mixing(rows, curvature.eigenvalues) if mixing == "auto" else float(mixing)
     whitened = torch.empty_like(rows)
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
         out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
-    return scan.run(whitened, used), used
+    if method.unit_norm:
+        return scan.run(whitened, used), used
+    return scan.products(whitened, None if weights is None else by_weight(weights, scan.device)), used

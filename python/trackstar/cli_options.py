@@ -27,6 +27,31 @@ class Dtype(StrEnum):
     sign = "sign"
 
 
+class Output(StrEnum):
+    """What a row can be the gradient of."""
+
+    loss = "loss"
+    margin = "margin"
+    logit = "logit"
+
+
+class MethodName(StrEnum):
+    """Names of the methods, as in docs/methods.md."""
+
+    dot = "dot"
+    cosine = "cosine"
+    v_norm = "v-norm"
+    r_norm = "r-norm"
+    v_r_norm = "v-r-norm"
+    trackstar = "trackstar"
+    trak = "trak"
+    tracin = "tracin"
+    logra = "logra"
+    ekfac = "ekfac"
+    bm25 = "bm25"
+    dense = "dense"
+
+
 class SketchKind(StrEnum):
     """Kinds of random projections: see SketchSpec."""
 
@@ -158,6 +183,18 @@ def parse_range(text: str | None, option: str) -> tuple[int, int | None]:
     if found is None:
         raise typer.BadParameter(f"{option} must be A:B, got {text!r}")
     return int(found[1] or 0), int(found[2]) if found[2] else None
+
+
+def parse_checkpoint(text: str, option: str) -> tuple[Path, Path, float]:
+    """(STORE, MODEL, RATE) of "STORE:MODEL:RATE"."""
+    store, first, rest = text.partition(":")
+    model, second, rate = rest.rpartition(":")
+    try:
+        if not (store and first and model and second):
+            raise ValueError
+        return Path(store), Path(model), float(rate)
+    except ValueError:
+        raise typer.BadParameter(f"{option} must be STORE:MODEL:RATE, got {text!r}") from None
 
 
 def parse_condition(text: str, option: str) -> tuple[str, str]:

@@ -13,10 +13,11 @@ import torch
 
 from trackstar.layout import Layout
 from trackstar.pieces import Piece, read_pieces
+from trackstar.products import Products, Weigh
 from trackstar.progress import track
 from trackstar.selection import Selection
 from trackstar.store import Store
-from trackstar_kernels.scoring import merge_topk, prepare_task, staged
+from trackstar_kernels.scoring import Task, merge_topk, prepare_task, staged
 
 MEMORY = 256_000_000
 """Bytes that a scan takes at most, where nothing else is said."""
@@ -70,21 +71,39 @@ class Scan:
         Raises:
             StoreError: a shard is damaged.
         """
+        queries = queries.to(self.device)
+        return self._run(lambda batch: prepare_task(queries, mixing, asked=batch))
+
+    def products(self, queries: torch.Tensor, weigh: Weigh | None = None) -> list[Found]:
+        """The chosen rows with the k best w_m · Σ_b ⟨a_b, y_m,b⟩ for each query a, in each direction.
+
+        Args:
+            queries: (Q, L, d) float32, as many as were planned for.
+            weigh: what gives the rows' weights w, see :mod:`trackstar.products`; None for 1.
+
+        Raises:
+            StoreError: a shard is damaged.
+        """
+        return self._run(lambda batch: Products(queries[batch.start : batch.stop].to(self.device)), weigh)
+
+    def _run(self, prepare: Callable[[range], Task | Products], weigh: Weigh | None = None) -> list[Found]:
+        """What is found for all batches, each prepared when its turn comes."""
         with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
-            found = [self._pass(queries, mixing, batch, advance) for batch in self.batches]
+            found = [self._pass(prepare(batch), weigh, advance) for batch in self.batches]
         return [
             (torch.cat([scores for scores, _ in parts]), torch.cat([indices for _, indices in parts]))
             for parts in zip(*found, strict=True)
         ]
 
     def _pass(
-        self, queries: torch.Tensor, mixing: float, batch: range, advance: Callable[[int], None]
+        self, task: Task | Products, weigh: Weigh | None, advance: Callable[[int], None]
     ) -> list[Found]:
         """What is found for one batch."""
-        task = prepare_task(queries.to(self.device), mixing, asked=batch)
         best = [_Best(self.k, largest) for largest in self.directions]
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
             for rows, codes, scales, squared_norms in _on_device(pieces, self.device):
+                if weigh is not None:
+                    scales = weigh(rows, codes, scales)
                 arrays = codes, squared_norms, min(self.k, len(rows))
                 if len(best) == 1:
                     found = [task.topk(*arrays, scales=scales, largest=best[0].largest)]
@@ -123,6 +142,7 @@ def plan_scan(
     k: int,
     *,
     mixed: bool = True,
+    unwhitened_norms: bool = False,
     directions: Sequence[bool] = (True,),
     memory: int = MEMORY,
     device: torch.device = CPU,
@@ -135,6 +155,7 @@ def plan_scan(
         queries: Q.
         k: rows per query, 1 ≤ k ≤ len(chosen).
         mixed: whether λ > 0.
+        unwhitened_norms: whether rows are weighed by the norms they had before they were whitened.
         directions: see :class:`Scan`.
         memory: bytes.
         device: where pieces are scored: the CPU, or a CUDA device that they are copied to, through pinned memory.
@@ -146,13 +167,28 @@ def plan_scan(
     # and on their way to another device pieces pass through two buffers.
     copies = (2 if len(chosen.starts) == 1 else 3) + (0 if device.type == "cpu" else 2)
     found = fit_scan(
-        store.layout, queries, k, mixed=mixed, directions=len(directions), copies=copies, memory=memory
+        store.layout,
+        queries,
+        k,
+        mixed=mixed,
+        unwhitened_norms=unwhitened_norms,
+        directions=len(directions),
+        copies=copies,
+        memory=memory,
     )
     return Scan(store, chosen, k, directions, *found, device)
 
 
 def fit_scan(
-    layout: Layout, queries: int, k: int, *, mixed: bool, directions: int, copies: int, memory: int
+    layout: Layout,
+    queries: int,
+    k: int,
+    *,
+    mixed: bool,
+    directions: int,
+    copies: int,
+    memory: int,
+    unwhitened_norms: bool = False,
 ) -> tuple[list[range], int, int]:
     """Batches, rows of a piece, and bytes of a scan: see :class:`Scan` and :func:`plan_scan`.
 
@@ -164,6 +200,7 @@ def fit_scan(
         directions: 2 where highest and lowest scores are found.
         copies: of a piece's rows that are in memory at a time.
         memory: bytes.
+        unwhitened_norms: whether the rows' norms before whitening are needed.
     """
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
@@ -182,6 +219,9 @@ def fit_scan(
     else:
         per_query += 20 * L * d
         per_row = 4 * L
+    if unwhitened_norms:
+        fixed += 4 * L * d**2
+        per_row += 12 * d
     per_row += 32 + copies * layout.row_bytes
     least = fixed + per_query + LEAST_ROWS * per_row
     if memory < least:
