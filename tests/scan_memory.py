@@ -8,6 +8,7 @@ from capture_memory import peak
 from synthetic import make_store
 from trackstar.scan import plan_scan
 from trackstar.selection import select
+from trackstar.store import open_store
 
 BLOCKS, SIZE, SHARD_ROWS, SHARDS = 64, 64, 4000, 5
 MEMORY = 26_000_000
@@ -24,6 +25,16 @@ CASES = {
     "int8, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "int8"},
     "int4, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "int4"},
     "sign, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "sign"},
+    "int8, rescored": {"queries": 40, "mixing": 0.5, "dtype": "int8", "wide": "float16"},
+    "sign, rescored, not mixed": {"queries": 40, "mixing": 0.0, "dtype": "sign", "wide": "float16"},
+    "int4, rescored, scattered, both directions": {
+        "queries": 40,
+        "mixing": 0.5,
+        "dtype": "int4",
+        "wide": "float16",
+        "every": 3,
+        "directions": (True, False),
+    },
     "many queries, int4": {"queries": 400, "mixing": 0.0, "k": 100, "dtype": "int4"},
     "unlimited": {"queries": 40, "mixing": 0.5, "memory": 10**9},
 }
@@ -35,19 +46,21 @@ def resident():
     return peak()
 
 
-def store_of(folder, dtype):
+def store_of(folder, dtype, wide):
+    path = folder / f"{dtype}-{wide}"
+    if path.exists():
+        return open_store(path)
     shards = [torch.randn(SHARD_ROWS, BLOCKS, SIZE) for _ in range(SHARDS if dtype == "float16" else 2)]
-    return make_store(folder / dtype, shards, dtype=dtype)
+    return make_store(path, shards, dtype=dtype, wide=wide)
 
 
 def main(folder):
     torch.set_num_threads(2)
-    shards = (torch.randn(SHARD_ROWS, BLOCKS, SIZE) for _ in range(SHARDS))
-    store = make_store(Path(folder) / "store", list(shards))
     for case in [
         {"queries": 40, "mixing": 0.5, "stop": 300},
         *CASES.values(),
     ]:  # the first loads what all need
+        store = store_of(Path(folder), case.get("dtype", "float16"), case.get("wide"))
         queries = torch.randn(case["queries"], BLOCKS, SIZE)
         chosen = select(store, range(0, case.get("stop", store.end), case.get("every", 1)))
         options = {"directions": case.get("directions", (True,)), "memory": case.get("memory", MEMORY)}

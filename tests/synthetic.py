@@ -13,8 +13,13 @@ from trackstar.writer import making
 from trackstar.writing import write_curvature
 
 
-def make_store(path, shards, *, dtype="float16", wide=None, name=str, metadata=lambda index: ""):
-    """A store whose shards hold these rows, each (n, L, d) float32, not whitened; R_train comes from the first."""
+def make_store(
+    path, shards, *, dtype="float16", wide=None, rotated=None, name=str, metadata=lambda index: ""
+):
+    """A store whose shards hold these rows, each (n, L, d) float32, not whitened; R_train comes from the first.
+
+    ``rotated`` says whether whitening ends in a random rotation; None: where rows are narrow, as builds do.
+    """
     total = sum(len(rows) for rows in shards)
     _, L, d = shards[0].shape
     identity = {
@@ -31,7 +36,9 @@ def make_store(path, shards, *, dtype="float16", wide=None, name=str, metadata=l
     begun = Manifest(identity, (L, d), ({"examples": total, "fingerprint": ""},), total)
     with making(path, begun) as writer:
         layout = writer.manifest.layout
-        curvature = estimate_curvature([shards[0]], L, d, rotated=layout.narrow)
+        curvature = estimate_curvature(
+            [shards[0]], L, d, rotated=layout.narrow if rotated is None else rotated
+        )
         writer.commit(replace(writer.manifest, curvature=write_curvature(path, curvature)))
         start = 0
         for rows in shards:

@@ -67,10 +67,14 @@ def test_a_model_that_looks_at_its_numbers_cannot_be_planned_for(monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_within_a_twentieth(tmp_path):
-    """Of a build and of a query, each against the peak of a process that runs it."""
-    command = [sys.executable, Path(__file__).with_name("plan_memory.py"), tmp_path]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    measured, planned = (list(map(int, line.split())) for line in output.splitlines())
+    """Of a build and of a query, each against the peak of a process that runs it: of three, as the heap varies."""
+    peaks = []
+    for run in "abc":
+        command = [sys.executable, Path(__file__).with_name("plan_memory.py"), tmp_path / run]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        measured, planned = (list(map(int, line.split())) for line in output.splitlines())
+        peaks.append(measured)
+    measured = [sorted(of)[1] for of in zip(*peaks, strict=True)]
     assert planned == pytest.approx(measured, rel=0.05)
 
 

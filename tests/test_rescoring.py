@@ -202,12 +202,6 @@ def test_mixed_rescoring_gives_the_wider_rows_answer(dtype, width, mixing, Q):
     queries, store = randn(Q, 3, 16), Store(randn(400, 3, 16, seed=1), dtype, width)
     largest = Q % 2 == 0
     wanted = tk.mixed_topk(queries, store.wider, store.norms, 9, mixing, largest=largest, start=7)
-    if mixing == 0:
-        found = [
-            tk.mixed_topk(query[None], store.wider, store.norms, 9, mixing, largest=largest, start=7)
-            for query in queries
-        ]
-        wanted = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
     found = store.mixed(queries, 9, mixing, largest=largest, start=7)
     assert_same(found, wanted)
     assert ((found[2] >= 9) & (found[2] <= 400)).all()
@@ -216,7 +210,7 @@ def test_mixed_rescoring_gives_the_wider_rows_answer(dtype, width, mixing, Q):
 @narrow
 @pytest.mark.parametrize("mixing", [0.0, 0.9])
 def test_mixed_what_narrowing_lost_decides(dtype, mixing, monkeypatch):
-    monkeypatch.setattr("trackstar_kernels.scoring._rescoring.SCRATCH", 2**13)
+    monkeypatch.setattr("trackstar_kernels.scoring._rescoring.BOUNDS", 2**13)
     store, queries = equally_coded(dtype, 300, 297)
     found = store.mixed(queries, 2, mixing)
     assert torch.equal(found[1], tk.mixed_topk(queries, store.wider, store.norms, 2, mixing)[1])
@@ -225,7 +219,7 @@ def test_mixed_what_narrowing_lost_decides(dtype, mixing, monkeypatch):
 
 def test_a_bound_of_less_than_the_distance_would_not_do(monkeypatch):
     """What the tests above can tell apart."""
-    monkeypatch.setattr("trackstar_kernels.scoring._rescoring.SCRATCH", 2**13)
+    monkeypatch.setattr("trackstar_kernels.scoring._rescoring.BOUNDS", 2**13)
     store, queries = equally_coded("int8", 300, 297)
     whole = _bounds.distances
     monkeypatch.setattr(
@@ -255,7 +249,7 @@ def test_few_rows_of_a_task_are_scored_again_where_little_is_lost():
 @narrow
 @pytest.mark.parametrize("mixing", [0.0, 0.9])
 def test_a_prepared_task_rescores_shards(dtype, mixing, monkeypatch):
-    monkeypatch.setattr("trackstar_kernels.scoring._rescoring.SCRATCH", 2**13)
+    monkeypatch.setattr("trackstar_kernels.scoring._rescoring.BOUNDS", 2**13)
     queries, store = randn(5, 2, 16), Store(randn(300, 2, 16, seed=1), dtype)
     task = prepare_task(queries, mixing)
     whole = store.mixed(queries, 8, mixing)[:2]

@@ -96,7 +96,7 @@ def test_scans_of_shards_merge_into_the_scan_of_the_store(store, queries):
 def test_more_memory_never_means_more_passes(store, mixed):
     everything = select(store)
     passes, rows = [], []
-    for memory in (20_000_000, 25_000_000, 40_000_000, MEMORY):
+    for memory in (23_000_000, 27_000_000, 40_000_000, MEMORY):
         scan = plan_scan(store, everything, 5000, 20, mixed=mixed, memory=memory)
         assert scan.bytes <= memory
         assert [q for batch in scan.batches for q in batch] == list(range(5000))

@@ -45,12 +45,20 @@ struct SignCodes {
   static constexpr int bias = 1, vectors = 1;
   static constexpr size_t bytes(size_t d) { return (d + 7) / 8; }
   static void load(const uint8_t* codes, Bytes* out) { out[0] = twice_bits(codes); }
-  static Vec load_floats(const uint8_t* codes, size_t i) {
-    Sums place;
-    for (ptrdiff_t lane = 0; lane < kLanes; ++lane) place[lane] = static_cast<int32_t>(i % 8 + lane);
-    const int32_t bits = kLanes == 16 ? codes[i / 8] | codes[i / 8 + 1] << 8 : codes[i / 8];
-    return to_floats(1 - 2 * (bits >> place & 1));
+  // Values with the signs of a vector of codes.
+  static Vec signed_values(Vec values, const uint8_t* codes, size_t i) {
+#if defined(__AVX512F__)
+    typedef uint16_t Unaligned __attribute__((aligned(1), may_alias));
+    const __mmask16 negative = *reinterpret_cast<const Unaligned*>(codes + i / 8);
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+    return (Vec)_mm512_mask_xor_epi32((__m512i)values, negative, (__m512i)values, sign);
+#else
+    Bits place;
+    for (ptrdiff_t lane = 0; lane < kLanes; ++lane) place[lane] = static_cast<uint32_t>(31 - i % 8 - lane);
+    return (Vec)((Bits)values ^ (uint32_t{codes[i / 8]} << place & 0x80000000));
+#endif
   }
+  static Vec load_floats(const uint8_t* codes, size_t i) { return signed_values(splat(1.0f), codes, i); }
 };
 
 template <typename Codes>
@@ -219,6 +227,15 @@ inline Vec last_floats(const uint8_t* codes, size_t i, size_t d) {
 
 // ---- Exact scores -----------------------------------------------------------------------------------------
 
+// A vector of codes from element i on times values, for those whose products are rounded nowhere.
+template <typename Codes>
+inline Vec add_exact(Vec sum, const uint8_t* codes, size_t i, Vec values) {
+  if constexpr (Codes::bias == 1)
+    return sum + Codes::signed_values(values, codes, i);
+  else
+    return sum + Codes::load_floats(codes, i) * values;
+}
+
 template <typename Codes>
 __attribute__((noinline)) void exact(const uint8_t* const* codes, const float* query, size_t d,
                                      const float* scale, float* scores) {
@@ -227,7 +244,7 @@ __attribute__((noinline)) void exact(const uint8_t* const* codes, const float* q
   for (; i + kLanes <= d; i += kLanes) {
     const Vec values = load(query + i);
 #pragma GCC unroll 8
-    for (int r = 0; r < kExactRows; ++r) sum[r] += Codes::load_floats(codes[r], i) * values;
+    for (int r = 0; r < kExactRows; ++r) sum[r] = add_exact<Codes>(sum[r], codes[r], i, values);
   }
   if (i < d) {
     float values[kLanes] = {};
@@ -296,18 +313,24 @@ inline Vec magnitudes(Vec values) { return values < 0 ? -values : values; }
 
 void sizes(const float* values, size_t n, float* largest, float* square) {
   Vec most = {}, squares = {};
-  for (size_t i = 0; i < n; i += kLanes) {
-    float tail[kLanes] = {};
-    for (size_t j = i; j < n && j < i + kLanes; ++j) tail[j - i] = values[j];
-    const Vec size = magnitudes(i + kLanes <= n ? load(values + i) : load(tail));
-    most = size <= most ? most : size;
+  const auto add = [&](Vec value) {
+    const Vec size = magnitudes(value);
+    most = size <= most ? most : size;  // a NaN stays
     squares += size * size;
+  };
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add(load(values + i));
+  if (i < n) {
+    float tail[kLanes] = {};
+    for (size_t j = 0; i + j < n; ++j) tail[j] = values[i + j];
+    add(load(tail));
   }
-  *largest = 0;
-  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) {
-    if (!(most[lane] <= *largest)) *largest = most[lane];
-  }
-  *square = sum_of(squares);
+  sum_lanes<1>(&squares, square);
+  // NaN is the largest of all, as whole numbers too.
+  Sums bits = (Sums)most;
+  int32_t top = 0;
+  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) top = bits[lane] > top ? bits[lane] : top;
+  __builtin_memcpy(largest, &top, sizeof(top));
 }
 
 float round(const float* values, size_t d, int8_t* codes, double* squares) {

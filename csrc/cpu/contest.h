@@ -46,26 +46,37 @@ class Contest {
     waiting_.push_back({std::isnan(bound) ? std::numeric_limits<float>::infinity() : bound, position});
   }
 
-  // Scores those waiting: score(positions, count, scores) for at most kTogether of them at a time.
-  template <typename Score>
-  void settle(Score score) {
-    const auto less = [](const Candidate& a, const Candidate& b) { return a.score < b.score; };
-    std::make_heap(waiting_.begin(), waiting_.end(), less);
-    while (!waiting_.empty()) {
-      int64_t positions[kTogether];
-      float scores[kTogether];
-      size_t count = 0;
-      while (count < kTogether && !waiting_.empty() && !(waiting_.front().score < threshold())) {
-        std::pop_heap(waiting_.begin(), waiting_.end(), less);
-        positions[count++] = waiting_.back().position;
-        waiting_.pop_back();
+  // Scores those waiting, in groups of which each promises more than the next, until no bound reaches the threshold:
+  // fetch(positions, count), and some time later score(positions, count, scores), for at most kTogether rows.
+  template <typename Fetch, typename Score>
+  void settle(Fetch fetch, Score score) {
+    const auto hopeless = [&](const Candidate& row) { return row.score < threshold(); };
+    const auto promises_more = [](const Candidate& a, const Candidate& b) { return a.score > b.score; };
+    for (;;) {
+      waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), hopeless), waiting_.end());
+      if (waiting_.empty()) return;
+      const size_t group = std::min(waiting_.size(), std::max(k_, 4 * kTogether));
+      std::nth_element(waiting_.begin(), waiting_.begin() + static_cast<ptrdiff_t>(group - 1), waiting_.end(),
+                       promises_more);
+      int64_t positions[2][kTogether];
+      size_t counts[2] = {}, next = 0;
+      for (size_t turn = 0; next < group || counts[~turn & 1] > 0; ++turn) {
+        // One batch is fetched while the one before it is scored.
+        size_t& count = counts[turn & 1];
+        for (count = 0; count < kTogether && next < group; ++next) {
+          if (!hopeless(waiting_[next])) positions[turn & 1][count++] = waiting_[next].position;
+        }
+        fetch(positions[turn & 1], count);
+        size_t& before = counts[~turn & 1];
+        if (before == 0) continue;
+        float scores[kTogether];
+        score(positions[~turn & 1], before, scores);
+        for (size_t i = 0; i < before; ++i) offer({scores[i], positions[~turn & 1][i]});
+        scored_ += static_cast<int64_t>(before);
+        before = 0;
       }
-      if (count == 0) break;
-      score(positions, count, scores);
-      for (size_t i = 0; i < count; ++i) offer({scores[i], positions[i]});
-      scored_ += static_cast<int64_t>(count);
+      waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<ptrdiff_t>(group));
     }
-    waiting_.clear();
   }
 
   // The best found, in no order.

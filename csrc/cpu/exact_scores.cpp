@@ -18,32 +18,55 @@ void prefetch(const uint8_t* from, size_t bytes) {
 
 size_t depth() { return kVectors * scoring_kernels().lanes; }
 
+const RowKernels& row_kernels(RowType type) {
+  const ScoringKernels& kernels = scoring_kernels();
+  return type == RowType::float16 ? kernels.half : kernels.single;
+}
+
 }  // namespace
 
+ExactScores::ExactScores(const float* queries, const Rows& rows, float sign)
+    : queries_(queries),
+      rows_(rows),
+      sign_(sign),
+      depth_(depth()),
+      block_bytes_(block_bytes(rows.type, rows.d)),
+      row_bytes_(rows.L * block_bytes_),
+      exact_(is_coded(rows.type) ? code_kernels(rows.type).exact : nullptr),
+      dot_(row_kernels(rows.type).dot[0].run) {}
+
+void ExactScores::fetch(const int64_t* positions, size_t count) const {
+  for (size_t r = 0; r < count; ++r) prefetch(row_at(rows_, positions[r]), std::min(kAhead, row_bytes_));
+}
+
 void ExactScores::score(size_t query, const int64_t* positions, size_t count, float* scores) const {
-  const size_t most = depth(), block = block_bytes(rows_.type, rows_.d);
-  const uint8_t* codes[kTogether];
-  const void* floats[kTogether];
-  float scale[kTogether], sums[kTogether] = {};
-  const size_t row_bytes = rows_.L * block;
-  for (size_t r = 0; r < count; ++r) prefetch(row_at(rows_, positions[r]), std::min(kAhead, row_bytes));
+  const uint8_t* rows[kTogether];
+  const float* scales[kTogether];
+  for (size_t r = 0; r < kTogether; ++r) {
+    const size_t position = positions[std::min(r, count - 1)];
+    rows[r] = row_at(rows_, position);
+    scales[r] = rows_.scales ? rows_.scales + position * rows_.L : nullptr;
+  }
+  const float* values = queries_ + query * rows_.L * rows_.d;
+  float sums[kTogether] = {};
   for (size_t b = 0; b < rows_.L; ++b) {
-    for (size_t i = 0; i < rows_.d; i += most) {
-      const size_t n = std::min(most, rows_.d - i);
-      const float* values = queries_ + (query * rows_.L + b) * rows_.d + i;
+    float scale[kTogether];
+    for (size_t r = 0; r < kTogether; ++r) scale[r] = scales[r] ? sign_ * scales[r][b] : sign_;
+    for (size_t i = 0; i < rows_.d; i += depth_) {
+      const size_t n = std::min(depth_, rows_.d - i), bytes = block_bytes(rows_.type, i);
+      const uint8_t* at[kTogether];
       for (size_t r = 0; r < kTogether; ++r) {
-        const size_t position = positions[std::min(r, count - 1)];
-        floats[r] = codes[r] = row_at(rows_, position) + b * block + block_bytes(rows_.type, i);
-        if (r < count) prefetch(codes[r] + kAhead, block_bytes(rows_.type, n));
-        scale[r] = rows_.scales ? sign_ * rows_.scales[position * rows_.L + b] : sign_;
+        at[r] = rows[r] + b * block_bytes_ + bytes;
+        if (row_bytes_ > kAhead && r < count) prefetch(at[r] + kAhead, block_bytes(rows_.type, n));
       }
-      if (is_coded(rows_.type)) {
-        code_kernels(rows_.type).exact(codes, values, n, scale, sums);
+      if (exact_) {
+        exact_(at, values, n, scale, sums);
       } else {
-        const ScoringKernels& kernels = scoring_kernels();
-        const RowKernels& kernel = rows_.type == RowType::float16 ? kernels.half : kernels.single;
-        kernel.dot[0].run(floats, floats, values, n, scale, sums, 1);
+        const void* floats[kTogether];
+        std::copy_n(at, kTogether, floats);
+        dot_(floats, floats, values, n, scale, sums, 1);
       }
+      values += n;
     }
   }
   std::copy_n(sums, count, scores);

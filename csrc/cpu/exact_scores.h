@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/coded_kernel.h"
+#include "cpu/scoring_kernel.h"
 #include "scoring.h"
 
 namespace trackstar {
@@ -13,8 +14,12 @@ namespace trackstar {
 class ExactScores {
  public:
   // Queries (Q, L, d), dense; scores are multiplied by `sign`.
-  ExactScores(const float* queries, const Rows& rows, float sign)
-      : queries_(queries), rows_(rows), sign_(sign) {}
+  ExactScores(const float* queries, const Rows& rows, float sign);
+
+  static constexpr size_t kTogether = kExactRows;
+
+  // Begins to fetch rows that will be scored soon.
+  void fetch(const int64_t* positions, size_t count) const;
 
   // Scores of one query with `count` rows, at most kTogether.
   void score(size_t query, const int64_t* positions, size_t count, float* scores) const;
@@ -22,12 +27,13 @@ class ExactScores {
   // Roundings that a score goes through, one after another.
   static size_t roundings(const Rows& rows);
 
-  static constexpr size_t kTogether = kExactRows;
-
  private:
   const float* queries_;
   Rows rows_;
   float sign_;
+  size_t depth_, block_bytes_, row_bytes_;
+  decltype(CodeKernels::exact) exact_;  // of narrow rows; null for others
+  decltype(DotKernel::run) dot_;
 };
 
 }  // namespace trackstar

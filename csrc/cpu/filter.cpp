@@ -45,24 +45,29 @@ void Filter::finish() {
 
 void Filter::settle(Side& side, size_t query) {
   Contest& contest = side.contests[query];
-  contest.settle([&](const int64_t* positions, size_t count, float* scores) {
-    side.exact.score(query, positions, count, scores);
-  });
+  contest.settle([&](const int64_t* positions, size_t count) { side.exact.fetch(positions, count); },
+                 [&](const int64_t* positions, size_t count, float* scores) {
+                   side.exact.score(query, positions, count, scores);
+                 });
   side.thresholds[query] = contest.threshold();
+}
+
+float Filter::norm_of(double square, float largest_scale) {
+  // 1.01 is for codes of -128, which count as -127 · 128.
+  return bounded(largest_scale) ? 1.01f * static_cast<float>(std::sqrt(square)) : kUnbounded;
 }
 
 float Filter::norm_of(size_t n, double square) const {
   float largest, unused;
   kernels_.sizes(scales(n), rows_.L, &largest, &unused);
-  // 1.01 is for codes of -128, which count as -127 · 128.
-  return bounded(largest) ? 1.01f * static_cast<float>(std::sqrt(square)) : kUnbounded;
+  return norm_of(square, largest);
 }
 
 float Filter::most_norm(size_t n) const {
   const float most = rows_.type == RowType::int8 ? 128.0f : rows_.type == RowType::int4 ? 8.0f : 1.0f;
   float largest, square;
   kernels_.sizes(scales(n), rows_.L, &largest, &square);
-  return bounded(largest) ? 1.01f * most * std::sqrt(square * static_cast<float>(rows_.d)) : kUnbounded;
+  return norm_of(static_cast<double>(square) * most * most * static_cast<double>(rows_.d), largest);
 }
 
 float Filter::rest_of(size_t n, double square) const {

@@ -61,6 +61,7 @@ class Filter : public Search {
   const float* scales(size_t n) const { return rows_.scales ? rows_.scales + n * rows_.L : ones_.data(); }
 
   // A decoded row's norm, rounded up, from its square or from its scales alone; NaN if there is no bound.
+  static float norm_of(double square, float largest_scale);
   float norm_of(size_t n, double square) const;
   float most_norm(size_t n) const;
   // The distance between a decoded row and the one that is scored exactly, rounded up, from the former's square.

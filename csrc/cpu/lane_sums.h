@@ -35,8 +35,9 @@ inline void sum_lanes(const Vec* vectors, float* sums) {
     for (int i = 0; i < count; i += 2) folded[i / 2] = fold(folded[i], folded[i + 1 < count ? i + 1 : i]);
     count = (count + 1) / 2;
   }
-  alignas(64) float lanes[(kCount + kLanes - 1) / kLanes * kLanes];
-  for (int i = 0; i < count; ++i) store(lanes + i * kLanes, folded[i]);
+  constexpr int kFull = (kCount + kLanes - 1) / kLanes;  // vectors that are left
+  alignas(64) float lanes[kFull * kLanes];
+  for (int i = 0; i < kFull; ++i) store(lanes + i * kLanes, folded[i]);
   for (int i = 0; i < kCount; ++i) sums[i] = lanes[i];
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/signs.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/isa.h"
 
@@ -25,29 +26,41 @@ const TableKernels* table_kernels() {
   }
 }
 
-SignTables::SignTables(const float* queries, size_t Q, size_t L, size_t d, const TableKernels& kernels,
-                       size_t exact_roundings)
-    : kernels(kernels),
-      words((d + 31) / 32),
-      stride(L * words * kWordTables),
-      tables(Q * stride),
-      scales(L * Q),
-      bounds(Q) {
-  for (size_t q = 0; q < Q; ++q) {
-    double squares[2] = {};
-    for (size_t b = 0; b < L; ++b) {
-      scales[b * Q + q] = kernels.tabulate(queries + (q * L + b) * d, d,
-                                           tables.data() + q * stride + b * words * kWordTables, squares);
-    }
-    bounds.set(q, squares[0], squares[1], exact_roundings + L * ((words + 63) / 64) + 16);
-  }
-}
-
 namespace {
 
 // A step's indices are shared by all queries and stay in the first-level cache, a tile's scores in the second.
 constexpr size_t kTileRows = 4 * kTableRows;
-constexpr size_t kStepWords = 16;  // that are worth the effort of bringing them into order
+constexpr size_t kStepWords = 16;  // that are brought into order at once
+
+}  // namespace
+
+SignTables::SignTables(const float* queries, size_t Q, size_t L, size_t d, const TableKernels& kernels,
+                       size_t exact_roundings)
+    : kernels(kernels), bounds(Q) {
+  const size_t block_words = (d + 31) / 32;
+  words = L * block_words;
+  stride = words * kWordTables;
+  for (size_t b = 0; b < L; ++b) {
+    for (size_t word = 0; word < block_words; word += kStepWords) {
+      pieces.push_back({b, b * block_words + word, std::min(kStepWords, block_words - word)});
+    }
+  }
+  tables.resize(Q * stride);
+  scales.resize(pieces.size() * Q);
+  for (size_t q = 0; q < Q; ++q) {
+    double squares[2] = {};
+    for (size_t p = 0; p < pieces.size(); ++p) {
+      const Piece& piece = pieces[p];
+      const size_t from = 32 * (piece.word - piece.block * block_words),
+                   n = std::min(32 * piece.words, d - from);
+      scales[p * Q + q] = kernels.tabulate(queries + (q * L + piece.block) * d + from, n,
+                                           tables.data() + q * stride + piece.word * kWordTables, squares);
+    }
+    bounds.set(q, squares[0], squares[1], exact_roundings + pieces.size() + 16);
+  }
+}
+
+namespace {
 
 class SignSearch : public Filter {
  public:
@@ -55,8 +68,7 @@ class SignSearch : public Filter {
       : Filter(sought, tops),
         tables_(tables),
         Q_(tops.front().Q),
-        step_(std::min(rows_.L, std::max<size_t>(1, kStepWords / tables.words))),
-        indices_(kTileRows / kTableRows * step_ * tables.words * kWordIndices),
+        indices_(kTileRows / kTableRows * kStepWords * kWordIndices),
         scores_(Q_ * kTileRows),
         scales_(rows_.L * kTileRows),
         norms_(kTileRows),
@@ -70,6 +82,7 @@ class SignSearch : public Filter {
   void run(size_t begin, size_t end) override {
     for (size_t row = begin; row < end; row += kTileRows) {
       const size_t count = std::min(kTileRows, end - row);
+      measure(row, count);
       score(row, count);
       for (Side& side : sides_) {
         for (size_t q = 0; q < Q_; ++q) consider(side, q, row, count);
@@ -78,40 +91,60 @@ class SignSearch : public Filter {
   }
 
  private:
-  // Fills scores_, norms_ and rests_.
+  // Fills scales_, norms_ and rests_.
+  void measure(size_t row, size_t count) {
+    float squares[kTileRows] = {}, largest[kTileRows] = {};
+    for (size_t r = 0; r < kTileRows; ++r) {
+      const float* scale = scales(row + std::min(r, count - 1));
+      for (size_t b = 0; b < rows_.L; ++b) scales_[b * kTileRows + r] = scale[b];
+    }
+    for (size_t b = 0; b < rows_.L; ++b) {
+      const float* scale = scales_.data() + b * kTileRows;
+      for (size_t r = 0; r < kTileRows; ++r) {
+        const float size = std::fabs(scale[r]);
+        largest[r] = size <= largest[r] ? largest[r] : size;  // a NaN stays
+        squares[r] += size * size;
+      }
+    }
+    for (size_t r = 0; r < count; ++r) {
+      const double square = static_cast<double>(squares[r]) * static_cast<double>(rows_.d);  // each sign is 1
+      norms_[r] = norm_of(square, largest[r]);
+      if (sought_.squared_norms) rests_[r] = rest_of(row + r, (1 - 0x1p-20) * square);
+    }
+  }
+
+  // Fills scores_. Pieces are taken together as long as their words fit a step.
   void score(size_t row, size_t count) {
     const uint32_t* rows[kTileRows];
     for (size_t r = 0; r < kTileRows; ++r) {
-      const size_t n = row + std::min(r, count - 1);
-      rows[r] = reinterpret_cast<const uint32_t*>(row_at(rows_, n));
-      const float* scale = scales(n);
-      double square = 0;
-      for (size_t b = 0; b < rows_.L; ++b) {
-        scales_[b * kTileRows + r] = scale[b];
-        square += static_cast<double>(scale[b]) * scale[b];
-      }
-      square *= static_cast<double>(rows_.d);
-      norms_[r] = norm_of(n, square);
-      rests_[r] = sought_.squared_norms ? rest_of(n, square) : 0.0f;
+      rows[r] = reinterpret_cast<const uint32_t*>(row_at(rows_, row + std::min(r, count - 1)));
     }
     std::fill(scores_.begin(), scores_.end(), 0.0f);
-    const size_t groups = (count + kTableRows - 1) / kTableRows, ahead = 4 * kTableRows * rows_.stride;
-    for (size_t b = 0; b < rows_.L; b += step_) {
-      const size_t blocks = std::min(step_, rows_.L - b), words = blocks * tables_.words;
+    const size_t groups = (count + kTableRows - 1) / kTableRows;
+    const size_t ahead = sizeof(uint32_t) * kTableRows * static_cast<size_t>(rows_.stride);
+    for (size_t begin = 0, end; begin < tables_.pieces.size(); begin = end) {
+      const size_t first = tables_.pieces[begin].word;
+      size_t words = 0;
+      for (end = begin; end < tables_.pieces.size(); ++end) {
+        if (words + tables_.pieces[end].words > kStepWords) break;
+        words += tables_.pieces[end].words;
+      }
       for (size_t group = 0; group < groups; ++group) {
         const uint32_t* from[kTableRows];
-        for (size_t r = 0; r < kTableRows; ++r) from[r] = rows[group * kTableRows + r] + b * tables_.words;
-        tables_.kernels.index(from, words, ahead, indices_.data() + group * words * kWordIndices);
+        for (size_t r = 0; r < kTableRows; ++r) from[r] = rows[group * kTableRows + r] + first;
+        tables_.kernels.index(from, words, ahead, indices_.data() + group * kStepWords * kWordIndices);
       }
       for (size_t q = 0; q < Q_; q += kMaxTableQueries) {
         const size_t together = std::min(kMaxTableQueries, Q_ - q);
         for (size_t group = 0; group < groups; ++group) {
-          for (size_t i = 0; i < blocks; ++i) {
+          const uint8_t* indices = indices_.data() + group * kStepWords * kWordIndices;
+          for (size_t p = begin; p < end; ++p) {
+            const SignTables::Piece& piece = tables_.pieces[p];
             tables_.kernels.run[together - 1](
-                indices_.data() + (group * blocks + i) * tables_.words * kWordIndices, tables_.words,
-                tables_.tables.data() + q * tables_.stride + (b + i) * tables_.words * kWordTables,
-                tables_.stride, scales_.data() + (b + i) * kTileRows + group * kTableRows,
-                tables_.scales.data() + (b + i) * Q_ + q, scores_.data() + q * kTileRows + group * kTableRows,
+                indices + (piece.word - first) * kWordIndices, piece.words,
+                tables_.tables.data() + q * tables_.stride + piece.word * kWordTables, tables_.stride,
+                scales_.data() + piece.block * kTileRows + group * kTableRows,
+                tables_.scales.data() + p * Q_ + q, scores_.data() + q * kTileRows + group * kTableRows,
                 kTileRows);
           }
         }
@@ -129,7 +162,7 @@ class SignSearch : public Filter {
   }
 
   const SignTables& tables_;
-  const size_t Q_, step_;             // blocks taken at once
+  const size_t Q_;
   Aligned<uint8_t> indices_;          // (group of kTableRows, words of a step, kWordIndices)
   Aligned<float> scores_;             // (Q, row of the tile)
   std::vector<float> scales_;         // (L, row of the tile)

@@ -10,17 +10,22 @@
 
 namespace trackstar {
 
-// Queries as tables of the sums that four signs give.
+// Queries as tables of the sums that four signs give, rounded piece by piece: blocks, or parts of large ones.
 struct SignTables {
   // Queries (Q, L, d), dense; exact scores are rounded at most `exact_roundings` times one after another.
   SignTables(const float* queries, size_t Q, size_t L, size_t d, const TableKernels& kernels,
              size_t exact_roundings);
 
+  struct Piece {
+    size_t block;
+    size_t word, words;  // of the row
+  };
+
   const TableKernels& kernels;
-  size_t words;               // of a block
-  size_t stride;              // bytes of a query's tables
-  Aligned<uint8_t> tables;    // (Q, L, words, kWordTables)
-  std::vector<float> scales;  // (L, Q)
+  std::vector<Piece> pieces;
+  size_t words, stride;       // of a row; bytes of a query's tables
+  Aligned<uint8_t> tables;    // (Q, words, kWordTables)
+  std::vector<float> scales;  // (pieces, Q)
   ScoreBounds bounds;
 };
 

@@ -36,9 +36,9 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
     largest = size > largest ? size : largest;
   }
   const float scale = largest / kRange;
+  double square = 0, lost = 0;
   for (size_t word = 0; word < d; word += 32, tables += kWordTables) {
     int8_t numbers[32] = {};
-    double square = 0, lost = 0;
     for (size_t j = 0; j < 32 && word + j < d; ++j) {
       const float value = values[word + j];
       float rounded = 0;
@@ -50,10 +50,8 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
       numbers[j] = static_cast<int8_t>(rounded);
       const double rest = value - static_cast<double>(scale) * rounded;
       square += static_cast<double>(value) * value;
-      lost += rest * rest;
+      lost += rest < 0 ? -rest : rest;
     }
-    squares[0] += square;
-    squares[1] += lost;
     for (int i = 0; i < kLookups; ++i) {
       // Of each byte the low numbers come first: 4 tables for them, 4 for the high ones.
       const Entries sums = sums_of(numbers + 4 * i);
@@ -61,6 +59,8 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
       for (int j = 0; j < 16; ++j) table[j] = static_cast<uint8_t>(sums[j] + kCentre);
     }
   }
+  squares[0] += square;
+  squares[1] += lost * lost / static_cast<double>(d);
   return scale;
 }
 

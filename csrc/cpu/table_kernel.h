@@ -20,7 +20,7 @@ struct TableKernels {
   void (*index)(const uint32_t* const* rows, size_t words, size_t ahead, uint8_t* indices);
 
   // The tables (⌈d/32⌉, kWordTables) of d numbers rounded to whole multiples of the scale that is returned; adds Σ
-  // values² to squares[0] and what rounding loses of it, Σ (values - scale · rounded)², to squares[1].
+  // values² to squares[0]. No signs' sum is changed by more than s by that, and s²/d is added to squares[1].
   float (*tabulate)(const float* values, size_t d, uint8_t* tables, double* squares);
 
   // Queries whose tables lie table_stride bytes apart, by number less one:

@@ -18,12 +18,13 @@ from trackstar.losses import output_function
 from trackstar.methods import GRADIENTS, READERS, Gradients, require_method, require_rows
 from trackstar.passes import check_model, rows_of, vocabulary_size
 from trackstar.probability import stored_probabilities
-from trackstar.products import by_unwhitened_norm, by_weight, unwhitening_queries
+from trackstar.products import Weigh, by_unwhitened_norm, by_weight, unwhitening_queries
 from trackstar.result import Result, joined
-from trackstar.scan import MEMORY, Found, Scan, plan_scan
+from trackstar.scan import MEMORY, Scan, plan_scan
 from trackstar.selection import Where, select, select_at_least
 from trackstar.store import Store
 from trackstar.stored_examples import stored_parts
+from trackstar.terms import with_terms
 from trackstar_kernels import encode_rows
 from trackstar_kernels.scoring import merge_topk
 
@@ -67,6 +68,7 @@ def score_rows(
     where: Where = None,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Scan the store for the k best examples of each query by TrackStar, given the queries' rows.
 
@@ -79,6 +81,7 @@ def score_rows(
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
         device: where the store is scored, see :func:`attribute`.
+        rescore: whether to answer from a wider copy of the rows, see :func:`attribute`.
 
     Returns:
         scores (Q, k) float32, indices (Q, k) int64, and λ.
@@ -88,9 +91,11 @@ def score_rows(
         StoreError: the store is incomplete or damaged.
     """
     method = GRADIENTS["trackstar"]
-    scan = _plan(store, method, len(rows), k, mixing, (largest,), where, memory, device)
-    (found,), used = _answer(scan, method, rows, mixing)
-    return *found, used
+    scan = _plan(store, method, len(rows), k, mixing, (largest,), where, memory, device, rescore)
+    whitened = whiten(store, rows)
+    used = _mixing(store, rows, mixing)
+    (found,) = scan.run(whitened, used)
+    return found.scores, found.indices, used
 
 
 def attribute(
@@ -106,8 +111,11 @@ def attribute(
     opponents: bool = False,
     where: Where = None,
     output: str | None = None,
+    by_block: bool = False,
+    by_token: bool = False,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    rescore: bool = True,
     factors: str | os.PathLike[str] | None = None,
     encoder: str | os.PathLike[str] | None = None,
 ) -> Result:
@@ -133,11 +141,17 @@ def attribute(
             rewritten, and shards without such a row are not read. None looks at all.
         output: what a query's row is the gradient of: "loss" (the target's negative log-likelihood), "margin" or
             "logit"; None for what the store's rows are gradients of.
+        by_block: fill in ``result.by_block``: each layer block's term of every score, of cosines of whitened rows.
+        by_token: fill in ``result.by_token``: each training token's term of every score. The model runs over the
+            examples found.
         memory: bytes that the scan takes at most beyond the queries' rows (4·Q·L·d bytes), mapped pages included,
             however large the store. With less, pieces of the store are smaller, and many queries are taken in
             batches, each of which is a scan; the answer is the same.
         device: where the store is scored: "cpu", or a CUDA device, to which it is streamed through pinned memory
             and need not fit.
+        rescore: where int8, int4 or sign rows have a wider copy beside them, answer as that does, exactly, and count
+            in ``result.rescored`` the rows that it took. False leaves the copy alone; then, and where there is none,
+            ``result.bounds`` says how far narrow rows' scores may be off.
         factors: folder of EK-FAC's factors, for "ekfac".
         encoder: folder of a sentence-transformers model, for "dense".
 
@@ -160,33 +174,69 @@ def attribute(
     given = list(queries)
     encoded = (read_queries if method in READERS else encode_queries)(given, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    used = None
     if method in READERS:
-        chosen = select_at_least(store, where, k)
-        # How rare a word is, the whole corpus says.
-        texts, positions = chosen_texts(store, select(store) if method == "bm25" else chosen)
-        asked = [query.text for query in encoded]
-        scores = bm25_scores(asked, texts) if encoder is None else Encoder(encoder).scores(asked, texts)
-        kept = torch.isin(positions, chosen.rows)
-        parts = [(scores[:, kept], positions[kept].expand(len(asked), -1))]
-        found = [merge_topk(parts, k, largest) for largest in directions]
-    elif model is None:
+        return _by_texts(store, encoded, method, k, directions, where, encoder)
+    if model is None:
         raise ValueError(f"model must be given with method {method}, got None")
-    elif factors is not None:
+    if factors is not None:
         return _influence(store, model, given, tokenizer, k, directions, where, output, factors)
+    kind = GRADIENTS[method]
+    require_rows(method, store)
+    if (by_block or by_token) and not (kind.whitened and kind.unit_norm):
+        raise ValueError(
+            f"by_block and by_token must be False with method {method}: its scores are no such cosines"
+        )
+    scan = _plan(store, kind, len(encoded), k, mixing, directions, where, memory, device, rescore)
+    rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
+    if not kind.whitened:
+        asked = unwhitening_queries(rows, store.curvature, unit_norm=kind.unit_norm)
     else:
-        kind = GRADIENTS[method]
-        require_rows(method, store)
-        scan = _plan(store, kind, len(encoded), k, mixing, directions, where, memory, device)
-        rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
-        weights = _weights(store, model, tokenizer) if kind.weighted else None
-        found, share = _answer(scan, kind, rows, mixing, weights)
-        used = share if kind.mixed else None
+        asked = whiten(store, rows)
+    used = _mixing(store, rows, mixing) if kind.mixed else 0.0
+    if kind.whitened and kind.unit_norm:
+        found = scan.run(asked, used)
+    else:
+        found = scan.products(asked, _weigh(kind, store, model, tokenizer, scan.device))
     results = [
-        Result(*best, encoded, store, method=method, mixing=used, largest=largest)
+        Result(
+            best.scores,
+            best.indices,
+            encoded,
+            store,
+            method=method,
+            mixing=used,
+            largest=largest,
+            rescored=best.rescored,
+            bounds=best.bounds,
+        )
         for best, largest in zip(found, directions, strict=True)
     ]
-    return joined(results)
+    if by_block or by_token:
+        results = [with_terms(r, model, asked, by_block=by_block, by_token=by_token) for r in results]
+    return joined(r if kind.mixed else dataclasses.replace(r, mixing=None) for r in results)
+
+
+def _by_texts(
+    store: Store,
+    queries: Sequence[EncodedQuery],
+    method: str,
+    k: int,
+    directions: Sequence[bool],
+    where: Where,
+    encoder: str | os.PathLike[str] | None,
+) -> Result:
+    """What a method finds that reads the store's texts."""
+    chosen = select_at_least(store, where, k)
+    # How rare a word is, the whole corpus says.
+    texts, positions = chosen_texts(store, select(store) if method == "bm25" else chosen)
+    asked = [query.text for query in queries]
+    scores = bm25_scores(asked, texts) if encoder is None else Encoder(encoder).scores(asked, texts)
+    kept = torch.isin(positions, chosen.rows)
+    parts = [(scores[:, kept], positions[kept].expand(len(asked), -1))]
+    return joined(
+        Result(*merge_topk(parts, k, largest), queries, store, method=method, largest=largest)
+        for largest in directions
+    )
 
 
 def _influence(
@@ -231,6 +281,7 @@ def _plan(
     where: Where,
     memory: int,
     device: str | torch.device,
+    rescore: bool,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
     number = isinstance(mixing, int | float) and not isinstance(mixing, bool)
@@ -250,40 +301,28 @@ def _plan(
         directions=directions,
         memory=memory,
         device=device,
+        rescore=rescore,
     )
 
 
-def _weights(store: Store, model: nn.Module, tokenizer: Any) -> torch.Tensor:
-    """TRAK's (1 − p̄)/N (end,) float32 of the store's rows: as R is the mean ΦᵀΦ/N, (ΦᵀΦ)⁻¹ is R⁻¹/N."""
-    return (1 - stored_probabilities(store, model, tokenizer)) / len(store)
-
-
-def _answer(
-    scan: Scan,
-    method: Gradients,
-    rows: torch.Tensor,
-    mixing: str | float,
-    weights: torch.Tensor | None = None,
-) -> tuple[list[Found], float]:
-    """What the scan finds in each direction for the queries' rows, and λ.
-
-    Args:
-        scan: what :func:`_plan` made for the method.
-        method: how to compare.
-        rows: (Q, L, d) of the queries, not whitened.
-        mixing: λ or "auto".
-        weights: (end,) float32 of the store's rows, where the method weighs them.
-    """
-    curvature, used = scan.store.curvature, 0.0
-    if not method.whitened:
-        queries = unwhitening_queries(rows, curvature, unit_norm=method.unit_norm)
-        weigh = by_unwhitened_norm(curvature, scan.device) if method.unit_norm else None
-        return scan.products(queries, weigh), used
-    if method.mixed:
-        used = choose_mixing(rows, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (Q, L, d) float32 of queries as the store keeps its own, whitened by R_train."""
     whitened = torch.empty_like(rows)
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
-        out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
-    if method.unit_norm:
-        return scan.run(whitened, used), used
-    return scan.products(whitened, None if weights is None else by_weight(weights, scan.device)), used
+        out.copy_(encode_rows(part, store.curvature.whitener, "float32")[0])
+    return whitened
+
+
+def _mixing(store: Store, rows: torch.Tensor, mixing: str | float) -> float:
+    """λ for the queries' rows, not whitened."""
+    return choose_mixing(rows, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)
+
+
+def _weigh(
+    kind: Gradients, store: Store, model: nn.Module, tokenizer: Any, device: torch.device
+) -> Weigh | None:
+    """What a method weighs a store's rows by, besides their products with the queries."""
+    if kind.weighted:
+        # R is a mean, ΦᵀΦ/N, so that (ΦᵀΦ)⁻¹ is R⁻¹/N.
+        return by_weight((1 - stored_probabilities(store, model, tokenizer)) / len(store), device)
+    return by_unwhitened_norm(store.curvature, device) if kind.unit_norm else None

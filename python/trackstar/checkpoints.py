@@ -13,7 +13,7 @@ from trackstar.methods import require_rows
 from trackstar.products import unwhitening_queries
 from trackstar.progress import track
 from trackstar.result import Result, joined
-from trackstar.scan import LEAST_ROWS, MEMORY, Found
+from trackstar.scan import LEAST_ROWS, MEMORY
 from trackstar.selection import Where, select_at_least
 from trackstar.store import Store
 from trackstar_kernels.scoring import merge_topk, score_topk
@@ -78,7 +78,7 @@ def tracin(
     asked = torch.cat(parts, dim=1)
     together = max(LEAST_ROWS, memory // (8 * asked.shape[1]))
     directions = (True, False) if opponents else (largest,)
-    best: list[list[Found]] = [[] for _ in directions]
+    best: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in directions]
     with track("scanning", len(chosen), passing=True) as advance:
         for first, end in chosen:
             for start in range(first, end, together):

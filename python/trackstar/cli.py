@@ -117,6 +117,12 @@ def query(
         ),
     ] = None,
     memory: Annotated[str, typer.Option(help="What the scan takes at most, such as 64MB or 2GB.")] = "256MB",
+    rescore: Annotated[
+        bool,
+        typer.Option(
+            "--rescore/--no-rescore", help="Answer from the wider copy of narrow rows, where there is one."
+        ),
+    ] = True,
     companion: Annotated[
         Path | None,
         typer.Option(
@@ -206,6 +212,7 @@ def query(
             mixing=share,
             factors=factors,
             encoder=encoder,
+            rescore=rescore,
             **options,
         )
     print_result(result)

@@ -108,7 +108,10 @@ AlsoOption = Annotated[
     list[Also] | None,
     typer.Option(help="What to capture besides attention and MLP matrices; may be given often."),
 ]
-BlocksOption = Annotated[str, typer.Option(help='"module", or a number of layer blocks.')]
+BlocksOption = Annotated[
+    str,
+    typer.Option(help='"module", a number of layer blocks, or a JSON file of {pattern: group} for your own.'),
+]
 
 
 def read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
@@ -127,6 +130,14 @@ def read_jsonl(path: Path, option: str) -> list[dict[str, Any]]:
     return lines
 
 
+def read_grouping(path: Path) -> Any:
+    """The blocks that a JSON file groups modules into."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--blocks: {path} is not JSON: {error}") from None
+
+
 def make_spec(
     sketch: int,
     blocks: str,
@@ -139,6 +150,8 @@ def make_spec(
     from trackstar.spec import SketchSpec
 
     grouping = int(blocks) if blocks.isdigit() else blocks
+    if blocks.endswith(".json"):
+        grouping = read_grouping(Path(blocks))
     kinds = [word.value for word in also or ()]
     return SketchSpec(
         seed=seed, sketch=sketch, blocks=grouping, kind=kind.value, modules=modules or None, also=kinds

@@ -1,4 +1,4 @@
-"""Which of a model's weights are captured, and the blocks that they make up."""
+"""Which of a model's weights are captured."""
 
 import fnmatch
 import itertools
@@ -150,46 +150,3 @@ def _cut(name: str, fan_out: int, parts: Parts) -> list[tuple[Rows, int]]:
             rows = torch.cat([torch.arange(s + start, s + stop) for s in starts])
         result.append((rows, len(starts) * (stop - start)))
     return result
-
-
-def layer_index(name: str) -> int | None:
-    """The number of the layer that a module belongs to: the first integer in its dotted name."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def is_attention(name: str) -> bool:
-    """Whether a module's name places it in an attention block."""
-    return re.search(r"attn|attention", name) is not None
-
-
-def group_modules(names: Sequence[str], blocks: str | int) -> dict[str, int]:
-    """Block index of each module.
-
-    ``"module"``: each its own block. A number n: n/2 contiguous groups of layers, attention and MLP apart
-    (block 2g holds attention, 2g + 1 the MLPs of group g); where the model has no such halves, or n is odd, n
-    contiguous groups of modules.
-
-    Raises:
-        ValueError: there are more blocks than modules to fill them.
-    """
-    if blocks == "module":
-        return {name: i for i, name in enumerate(names)}
-    n = int(blocks)
-    layers = sorted({layer for name in names if (layer := layer_index(name)) is not None})
-    attention = sum(is_attention(name) for name in names)
-    halves = (
-        n % 2 == 0 and 0 < attention < len(names) and all(layer_index(name) is not None for name in names)
-    )
-    if halves:
-        rank = {layer: i for i, layer in enumerate(layers)}
-        groups = n // 2
-        grouped = {
-            name: 2 * (rank[layer_index(name)] * groups // len(layers)) + (not is_attention(name))  # type: ignore[index]
-            for name in names
-        }
-    else:
-        grouped = {name: i * n // len(names) for i, name in enumerate(names)}
-    if len(set(grouped.values())) != n:
-        limit = 2 * len(layers) if halves else len(names)
-        raise ValueError(f"blocks must be at most {limit} for this model's {len(names)} modules, got {n}")
-    return grouped

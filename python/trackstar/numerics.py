@@ -13,7 +13,7 @@ from trackstar.passes import has_loss
 TOLERANCE = 1e-3
 """Share of a row's length that may move without a word; float32 moves about 1e-6 of it."""
 
-TOKENS = 64
+TOKENS = 32
 """Tokens of each example that is looked at."""
 
 

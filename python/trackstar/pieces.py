@@ -3,11 +3,14 @@
 Rows stay in the memory map, nothing is copied but rows that lie scattered. The pages of a piece are brought into
 memory while the piece before it is scored, and given back as soon as it has been scored itself, so that a scan of a
 store of any size keeps two pieces. (The system's cache of the file is left alone: a second scan finds it warm.)
+
+Of rows that are kept twice, as codes and wider, a piece has either form. Beside codes the wider rows can be looked up;
+those pages are fetched by whoever touches them.
 """
 
 import itertools
 import mmap
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,27 +32,47 @@ class Piece:
 
     Attributes:
         rows: (n,) int64, ascending: their numbers in the store.
-        codes: (n, L, codes of a block), what the scoring ops take as rows.
+        codes: (n, L, codes of a block), what the scoring ops take as rows; where the piece is wide, wider ones.
         scales: (n, L) float32, or None.
         squared_norms: (n, L) float32.
+        wide: whether ``codes`` are the wider copy.
     """
 
-    def __init__(self, shard: Shard, rows: np.ndarray) -> None:
+    def __init__(self, shard: Shard, rows: np.ndarray, wide: bool) -> None:
         self._shard = shard
         self._first, self._stop = int(rows[0]) - shard.start, int(rows[-1]) + 1 - shard.start
+        self._arrays = ["wide", "squared_norms"] if wide else ["rows", "scales", "squared_norms"]
         self.rows = torch.from_numpy(rows)
-        consecutive = len(rows) == self._stop - self._first
-        where = slice(self._first, self._stop) if consecutive else self.rows - shard.start
-        self.codes = shard.codes[where]
-        self.scales = None if shard.scales is None else shard.scales[where]
+        self.wide = wide
+        self.consecutive = len(rows) == self._stop - self._first
+        where = slice(self._first, self._stop) if self.consecutive else self.rows - shard.start
+        codes, scales = (shard.wide, None) if wide else (shard.codes, shard.scales)
+        if codes is None:
+            raise shard.folder.error(f"{shard.folder.name} has no wider rows")
+        self.codes = codes[where]
+        self.scales = None if scales is None else scales[where]
         self.squared_norms = shard.squared_norms[where]
-        if consecutive:
+        if self.consecutive:
             self._fetch()
         else:
             self.release()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def look_up(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Wider rows beside the codes (m, L, d), mapped, and which of them the piece's are, None for all in order.
+
+        Raises:
+            StoreError: they are damaged.
+        """
+        wide = self._shard.wide
+        if wide is None:
+            raise self._shard.folder.error(f"{self._shard.folder.name} has no wider rows")
+        if "wide" not in self._arrays:
+            self._arrays.append("wide")
+        places = None if self.consecutive else self.rows - (self._shard.start + self._first)
+        return wide[self._first : self._stop], places
 
     def release(self) -> None:
         """Give the pages of the map back; to read them again is to fetch them again."""
@@ -69,20 +92,27 @@ class Piece:
     def _mapped(self) -> Iterator[tuple[np.memmap, int, int]]:
         """Each array and the bytes of it that hold the piece."""
         for name in self._shard.layout.row_arrays:
-            if name != "wide":
+            if name in self._arrays:
                 array = self._shard.array(name)
                 yield array, self._first * array.strides[0], self._stop * array.strides[0]
 
 
-def read_pieces(store: Store, chosen: Selection, size: int) -> Generator[Piece]:
+def read_pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], bool]) -> Generator[Piece]:
     """The chosen rows in pieces of at most ``size``; shards that hold none of them are not opened.
 
     A piece is valid until the next one is asked for.
 
+    Args:
+        store: the store.
+        chosen: the rows.
+        size: most rows of a piece.
+        wide: whether the next piece is to hold the wider rows; asked when it is about to be read.
+
     Raises:
         StoreError: a shard is damaged.
     """
-    pieces = (piece for shard in shards_of(store, chosen) for piece in _pieces(shard, chosen, size))
+    runs = ((shard, run) for shard in shards_of(store, chosen) for run in _runs(shard, chosen, size))
+    pieces = (Piece(shard, run, wide()) for shard, run in runs)
     with ThreadPoolExecutor(1, "trackstar-read") as reader:
         coming = reader.submit(next, pieces, None)
         while (piece := coming.result()) is not None:
@@ -91,7 +121,8 @@ def read_pieces(store: Store, chosen: Selection, size: int) -> Generator[Piece]:
             piece.release()
 
 
-def _pieces(shard: Shard, chosen: Selection, size: int) -> Iterator[Piece]:
+def _runs(shard: Shard, chosen: Selection, size: int) -> Iterator[np.ndarray]:
+    """The rows of each piece."""
     long_run = -(-LONG_RUN // shard.layout.row_bytes)
     count = -(-len(shard) // size)
     bounds = [shard.start + len(shard) * i // count for i in range(count + 1)]
@@ -99,7 +130,5 @@ def _pieces(shard: Shard, chosen: Selection, size: int) -> Iterator[Piece]:
         runs = [np.arange(*run) for run in chosen.within(start, stop)]
         scattered = [run for run in runs if len(run) < long_run and len(runs) > 1]
         if scattered:
-            yield Piece(shard, np.concatenate(scattered))
-        for run in runs:
-            if len(run) >= long_run or len(runs) == 1:
-                yield Piece(shard, run)
+            yield np.concatenate(scattered)
+        yield from (run for run in runs if len(run) >= long_run or len(runs) == 1)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from trackstar.blocks import group_weights
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
 from trackstar.dry_run import MemoryMeter, dry_run
@@ -17,7 +18,6 @@ from trackstar.durable import require_disk
 from trackstar.examples import Encoded
 from trackstar.layout import Layout
 from trackstar.lean import LeanPass
-from trackstar.modules import group_modules
 from trackstar.needs import Corpus, Job, Question
 from trackstar.passes import BATCH_TOKENS, has_loss, position_limit, rows_of
 from trackstar.rates import Rates
@@ -57,7 +57,8 @@ def planned_job(
         ValueError: the model cannot be run on shapes, or the spec does not fit it.
     """
     weights = spec.weights(model)
-    layout = Layout(dtype, wide, max(group_modules(list(weights), spec.blocks).values()) + 1, spec.block_size)
+    blocks = len(set(group_weights(list(weights), spec.blocks).values()))
+    layout = Layout(dtype, wide, blocks, spec.block_size)
     limit = position_limit(model) or corpus.longest
     length = max(min(corpus.longest, limit), 2)
     count = min(max(BATCH_TOKENS // length, 1), corpus.examples)

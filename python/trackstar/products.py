@@ -10,38 +10,9 @@ import torch
 
 from trackstar.curvature import Curvature
 from trackstar_kernels import decode_rows
-from trackstar_kernels.scoring import score_topk
 
 Weigh = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(rows (n,) int64, codes, scales) of a piece to the scales (n,) or (n, L) float32 that weigh its rows too."""
-
-
-class Products:
-    """Queries (Q, L, d) as a scan asks for their best rows, see :class:`trackstar_kernels.scoring.Task`."""
-
-    def __init__(self, queries: torch.Tensor) -> None:
-        self._queries = queries
-
-    def topk(
-        self,
-        rows: torch.Tensor,
-        squared_norms: torch.Tensor,
-        k: int,
-        *,
-        scales: torch.Tensor | None = None,
-        largest: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k rows with the largest, or smallest, products; norms do not matter."""
-        return score_topk(self._queries, rows, k, scales=scales, largest=largest)
-
-    def extremes(
-        self, rows: torch.Tensor, squared_norms: torch.Tensor, k: int, *, scales: torch.Tensor | None = None
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """The k largest and the k smallest."""
-        highest, lowest = (
-            self.topk(rows, squared_norms, k, scales=scales, largest=side) for side in (True, False)
-        )
-        return highest, lowest
 
 
 def unwhitening_queries(rows: torch.Tensor, curvature: Curvature, *, unit_norm: bool = False) -> torch.Tensor:

@@ -29,6 +29,10 @@ def print_result(result: Result, console: Console | None = None) -> None:
             remarks.insert(0, result.method)
         if result.mixing is not None:
             remarks.append(f"λ = {result.mixing:.3f}")
+        if result.rescored is not None:
+            remarks.append(f"exact, {int(result.rescored[i]):,} rows rescored")
+        if result.bounds is not None:
+            remarks.append(f"scores ± {result.bounds[i].max():.4f} at most")
         heading = Text.assemble(
             ("\n" + query.prompt, "bold"),
             " → ",

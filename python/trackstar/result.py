@@ -54,6 +54,10 @@ class Result:
         by_block: (Q, k, L) float32, each block's term of a score, where it was asked for; they sum to the score.
         by_token: for each query and result (T,) float32, each token's term of the score, where it was asked for: what
             the gradient at that token's place contributes; they sum to the score.
+        rescored: (Q,) int64, where int8, int4 or sign rows have a wider copy: how many of the corpus's examples were
+            scored from that for each query. The scores are the wider rows', exactly; codes ruled out the rest.
+        bounds: (Q, k) float32, where int8, int4 or sign rows have no wider copy, or it was not to be used: each score
+            is at most so far from that of the row before it was narrowed. Scores are cosines: 2 says nothing.
     """
 
     scores: torch.Tensor
@@ -67,6 +71,8 @@ class Result:
     blocks: tuple[str, ...] = ()
     by_block: torch.Tensor | None = None
     by_token: Sequence[Sequence[torch.Tensor]] | None = None
+    rescored: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
 
     def to_jsonl(
         self, path: str | os.PathLike[str], *, query_set: str = "queries", opponents: "Result | None" = None

@@ -2,22 +2,26 @@
 
 Queries that do not fit together are taken in batches, each of which scans the store again; the Hessian of all of
 them shapes the scores of each batch all the same.
+
+Where narrow rows have a wider copy the answer is the wider rows'. Codes rule out what they can and the rest is scored
+from the copy; where they rule out too little, as codes of many thousands of numbers must, the copy alone is read.
 """
 
 import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from trackstar.layout import Layout
 from trackstar.pieces import Piece, read_pieces
-from trackstar.products import Products, Weigh
+from trackstar.products import Weigh
 from trackstar.progress import track
 from trackstar.selection import Selection
 from trackstar.store import Store
-from trackstar_kernels.scoring import Task, merge_topk, prepare_task, staged
+from trackstar_kernels.scoring import Task, merge_topk, prepare_task, score_topk, staged
 
 MEMORY = 256_000_000
 """Bytes that a scan takes at most, where nothing else is said."""
@@ -25,13 +29,37 @@ MEMORY = 256_000_000
 SLACK = 8 << 20
 """Bytes for all the small things."""
 
+BOUNDS = 4 << 20
+"""Bytes for the bounds of narrow rows."""
+
 LEAST_ROWS = 64
 """Rows that a piece can always hold: with fewer, a scan would mostly wait."""
 
 CPU = torch.device("cpu")
 
-Found = tuple[torch.Tensor, torch.Tensor]
-"""Scores (Q, k) float32 and indices (Q, k) int64, best first."""
+
+class Found(NamedTuple):
+    """What a scan finds in one direction.
+
+    Attributes:
+        scores: (Q, k) float32, best first.
+        indices: (Q, k) int64.
+        rescored: (Q,) int64, of narrow rows that have a wider copy: how many were scored from it.
+        bounds: (Q, k) float32, of narrow rows without: how far each score may be from that of the row before it was
+            narrowed.
+    """
+
+    scores: torch.Tensor
+    indices: torch.Tensor
+    rescored: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
+
+    @classmethod
+    def of_batches(cls, parts: "Sequence[Found]") -> "Found":
+        """What is found for all queries, from what is found for some at a time."""
+        scores, indices, *others = zip(*parts, strict=True)
+        rescored, bounds = (None if tensors[0] is None else torch.cat(tensors) for tensors in others)
+        return cls(torch.cat(scores), torch.cat(indices), rescored, bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +75,7 @@ class Scan:
         piece_rows: most rows that are scored at a time.
         bytes: what the scan takes at most beyond the queries, of the CPU's memory.
         device: where pieces are scored.
+        rescore: whether the answer is that of the wider copy of narrow rows.
     """
 
     store: Store
@@ -57,6 +86,7 @@ class Scan:
     piece_rows: int
     bytes: int
     device: torch.device
+    rescore: bool
 
     def run(self, queries: torch.Tensor, mixing: float) -> list[Found]:
         """The k best of the chosen rows for each query, in each direction.
@@ -71,11 +101,15 @@ class Scan:
         Raises:
             StoreError: a shard is damaged.
         """
-        queries = queries.to(self.device)
-        return self._run(lambda batch: prepare_task(queries, mixing, asked=batch))
+        with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
+            passes = [self._pass(queries, mixing, batch, advance) for batch in self.batches]
+        return [Found.of_batches(parts) for parts in zip(*passes, strict=True)]
 
     def products(self, queries: torch.Tensor, weigh: Weigh | None = None) -> list[Found]:
         """The chosen rows with the k best w_m · Σ_b ⟨a_b, y_m,b⟩ for each query a, in each direction.
+
+        Where there is a wider copy of narrow rows, and it is to be used, it alone is read. Without, the products are
+        those of the rows that the codes stand for, and no bounds are known.
 
         Args:
             queries: (Q, L, d) float32, as many as were planned for.
@@ -84,55 +118,147 @@ class Scan:
         Raises:
             StoreError: a shard is damaged.
         """
-        return self._run(lambda batch: Products(queries[batch.start : batch.stop].to(self.device)), weigh)
-
-    def _run(self, prepare: Callable[[range], Task | Products], weigh: Weigh | None = None) -> list[Found]:
-        """What is found for all batches, each prepared when its turn comes."""
         with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
-            found = [self._pass(prepare(batch), weigh, advance) for batch in self.batches]
-        return [
-            (torch.cat([scores for scores, _ in parts]), torch.cat([indices for _, indices in parts]))
-            for parts in zip(*found, strict=True)
-        ]
+            passes = [
+                self._products_pass(queries[batch.start : batch.stop], weigh, advance)
+                for batch in self.batches
+            ]
+        return [Found.of_batches(parts) for parts in zip(*passes, strict=True)]
 
-    def _pass(
-        self, task: Task | Products, weigh: Weigh | None, advance: Callable[[int], None]
+    def _products_pass(
+        self, queries: torch.Tensor, weigh: Weigh | None, advance: Callable[[int], None]
     ) -> list[Found]:
         """What is found for one batch."""
+        queries = queries.to(self.device)
         best = [_Best(self.k, largest) for largest in self.directions]
-        with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows)) as pieces:
-            for rows, codes, scales, squared_norms in _on_device(pieces, self.device):
-                if weigh is not None:
-                    scales = weigh(rows, codes, scales)
-                arrays = codes, squared_norms, min(self.k, len(rows))
-                if len(best) == 1:
-                    found = [task.topk(*arrays, scales=scales, largest=best[0].largest)]
+        with contextlib.closing(
+            read_pieces(self.store, self.chosen, self.piece_rows, lambda: self.rescore)
+        ) as pieces:
+            for piece, codes, scales, _ in _on_device(pieces, self.device):
+                weights = scales if weigh is None else weigh(piece.rows, codes, scales)
+                for one in best:
+                    scores, positions = score_topk(
+                        queries, codes, min(self.k, len(piece)), scales=weights, largest=one.largest
+                    )
+                    one.add(scores.cpu(), piece.rows[positions.cpu()])
+                advance(len(piece))
+        rescored = torch.full((len(queries),), len(self.chosen)) if self.rescore else None
+        return [Found(*one.merged(), rescored=rescored) for one in best]
+
+    def _pass(
+        self, queries: torch.Tensor, mixing: float, batch: range, advance: Callable[[int], None]
+    ) -> list[Found]:
+        """What is found for one batch."""
+        task = prepare_task(queries.to(self.device), mixing, asked=batch)
+        best = [_Best(self.k, largest) for largest in self.directions]
+        choice = _Choice(possible=self.rescore, codes=self.device.type == "cpu")
+        rescored = 0
+        with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows, choice.wide)) as pieces:
+            for piece, codes, scales, squared_norms in _on_device(pieces, self.device):
+                if self.rescore and not piece.wide:
+                    found, count = self._rescored(task, piece, best)
+                    choice.learn(len(piece), count)
                 else:
-                    highest, lowest = task.extremes(*arrays, scales=scales)
-                    found = [highest if one.largest else lowest for one in best]
+                    found = self._scored(task, codes, scales, squared_norms)
+                    count = len(piece) if piece.wide else 0
+                    choice.seen += len(piece)
                 for one, (scores, positions) in zip(best, found, strict=True):
-                    one.add(scores.cpu(), rows[positions.cpu()])
-                advance(len(rows))
-        return [one.merged() for one in best]
+                    one.add(scores.cpu(), piece.rows[positions.cpu()])
+                rescored += count
+                advance(len(piece))
+        found = [one.merged() for one in best]
+        if self.rescore:
+            return [Found(*one, rescored=torch.full((len(batch),), rescored)) for one in found]
+        if self.store.layout.narrow:
+            if self.device.type != "cpu":
+                task = prepare_task(queries, mixing, asked=batch)
+            return [Found(*one, bounds=self._bounds(task, one[1])) for one in found]
+        return [Found(*one) for one in found]
+
+    def _scored(
+        self, task: Task, codes: torch.Tensor, scales: torch.Tensor | None, squared_norms: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The best of a piece in each direction."""
+        arrays = codes, squared_norms, min(self.k, len(codes))
+        if len(self.directions) == 1:
+            return [task.topk(*arrays, scales=scales, largest=self.directions[0])]
+        highest, lowest = task.extremes(*arrays, scales=scales)
+        return [highest if largest else lowest for largest in self.directions]
+
+    def _rescored(
+        self, task: Task, piece: Piece, best: "Sequence[_Best]"
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
+        """The best of a piece in each direction by its wider rows, and how many of these were scored."""
+        wider, places = piece.look_up()
+        return task.rescored(
+            piece.codes,
+            wider,
+            piece.squared_norms,
+            min(self.k, len(piece)),
+            scales=_scales(piece),
+            ends=tuple(self.directions),
+            places=places,
+            reached=[one.reached for one in best],
+        )
+
+    def _bounds(self, task: Task, indices: torch.Tensor) -> torch.Tensor:
+        """How far the scores of the rows found may be off: (Q, k), as their indices."""
+        bounds = torch.zeros(indices.shape)
+        rows = Selection.of_rows(indices.unique().numpy())
+        size = max(1, min(self.piece_rows, BOUNDS // (64 * len(indices))))
+        with contextlib.closing(read_pieces(self.store, rows, size, lambda: False)) as pieces:
+            for piece in pieces:
+                found = task.score_bounds(piece.codes, piece.squared_norms, scales=_scales(piece))
+                places = torch.searchsorted(piece.rows, indices).clamp_max(len(piece) - 1)
+                bounds = torch.where(piece.rows[places] == indices, found.gather(1, places), bounds)
+        return bounds
+
+
+class _Choice:
+    """Whether to read the codes of rows or their wider copy, by what the codes were good for so far.
+
+    Where more than half of a piece's rows have to be scored from the copy as well, codes are left alone until as many
+    rows again have gone by: scores that are known by then may rule out more.
+    """
+
+    def __init__(self, *, possible: bool, codes: bool) -> None:
+        self.possible, self.codes = possible, codes
+        self.seen = self.patience = 0
+
+    def wide(self) -> bool:
+        """Whether to read the copy."""
+        return self.possible and (not self.codes or self.seen < self.patience)
+
+    def learn(self, rows: int, rescored: int) -> None:
+        """Of a piece, how many rows were scored from the copy as well."""
+        self.seen += rows
+        self.patience = 2 * self.seen if 2 * rescored > rows else 0
+
+
+def _scales(piece: Piece) -> torch.Tensor:
+    """Those of a piece of narrow rows."""
+    if piece.scales is None:
+        raise ValueError("only narrow rows have scales")
+    return piece.scales
 
 
 def _on_device(
     pieces: Iterable[Piece], device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """Each piece's rows, and codes, scales and squared norms on ``device``."""
+) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Each piece, and its codes, scales and squared norms on ``device``."""
     if device.type == "cpu":
         for piece in pieces:
-            yield piece.rows, piece.codes, piece.scales, piece.squared_norms
+            yield piece, piece.codes, piece.scales, piece.squared_norms
         return
-    rows: collections.deque[torch.Tensor] = collections.deque()
+    coming: collections.deque[Piece] = collections.deque()
 
     def tensors() -> Generator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
         for piece in pieces:
-            rows.append(piece.rows)
+            coming.append(piece)
             yield piece.codes, piece.scales, piece.squared_norms
 
     for codes, scales, squared_norms in staged(tensors(), device):
-        yield rows.popleft(), codes, scales, squared_norms
+        yield coming.popleft(), codes, scales, squared_norms
 
 
 def plan_scan(
@@ -146,6 +272,7 @@ def plan_scan(
     directions: Sequence[bool] = (True,),
     memory: int = MEMORY,
     device: torch.device = CPU,
+    rescore: bool = True,
 ) -> Scan:
     """A scan with the largest batches of queries and, with what is left, the largest pieces that ``memory`` allows.
 
@@ -159,6 +286,7 @@ def plan_scan(
         directions: see :class:`Scan`.
         memory: bytes.
         device: where pieces are scored: the CPU, or a CUDA device that they are copied to, through pinned memory.
+        rescore: answer from the wider copy of narrow rows, where there is one.
 
     Raises:
         ValueError: a single query and a few rows need more.
@@ -166,8 +294,9 @@ def plan_scan(
     # The piece that is scored and the one that is read; rows that are copied lie beside what they are copied from;
     # and on their way to another device pieces pass through two buffers.
     copies = (2 if len(chosen.starts) == 1 else 3) + (0 if device.type == "cpu" else 2)
+    layout = store.layout if rescore else dataclasses.replace(store.layout, wide=None)
     found = fit_scan(
-        store.layout,
+        layout,
         queries,
         k,
         mixed=mixed,
@@ -176,7 +305,7 @@ def plan_scan(
         copies=copies,
         memory=memory,
     )
-    return Scan(store, chosen, k, directions, *found, device)
+    return Scan(store, chosen, k, directions, *found, device, layout.wide is not None)
 
 
 def fit_scan(
@@ -193,7 +322,7 @@ def fit_scan(
     """Batches, rows of a piece, and bytes of a scan: see :class:`Scan` and :func:`plan_scan`.
 
     Args:
-        layout: of the store.
+        layout: of the store; without ``wide`` where a wider copy is not to be used.
         queries: Q.
         k: rows per query.
         mixed: whether λ > 0.
@@ -211,17 +340,23 @@ def fit_scan(
     reservoir = 16 * (3 * k + 512 if layout.narrow else 2 * k + 64)
     per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
     fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
-    if mixed:
+    per_row = 0
+    # Bounds of narrow rows are those of a task, whatever λ.
+    if mixed or layout.narrow:
         rank = d if 7 * d < 8 * queries else queries
         fixed += 4 * L * (rank + 32) * d + 192 * rank * threads + 8 * (6 * rank**2 + 2 * queries * d)
         per_query += 4 * (L + 3) * (rank + 16)  # vectors are padded to whole panels
-        per_row = 24 * (queries + d)
-    else:
+        per_row += 24 * (queries + d)
+    if not mixed:
         per_query += 20 * L * d
-        per_row = 4 * L
+        per_row += 4 * L
+    if layout.narrow:
+        fixed += BOUNDS
     if unwhitened_norms:
         fixed += 4 * L * d**2
         per_row += 12 * d
+    if layout.wide is not None:
+        per_row += layout.row_bytes  # copies of the rows that are scored again
     per_row += 32 + copies * layout.row_bytes
     least = fixed + per_query + LEAST_ROWS * per_row
     if memory < least:
@@ -242,12 +377,23 @@ class _Best:
 
     def __init__(self, k: int, largest: bool) -> None:
         self.k, self.largest = k, largest
-        self._parts: list[Found] = []
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, scores: torch.Tensor, indices: torch.Tensor) -> None:
         self._parts.append((scores, indices))
-        if sum(part.shape[1] for part, _ in self._parts) >= 2 * self.k:
+        if self._count() >= 2 * self.k:
             self._parts = [self.merged()]
 
-    def merged(self) -> Found:
+    def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
         return merge_topk(self._parts, self.k, self.largest)
+
+    @property
+    def reached(self) -> torch.Tensor | None:
+        """Scores (Q,) that k rows have; None before there are as many."""
+        if self._count() < self.k:
+            return None
+        self._parts = [self.merged()]
+        return self._parts[0][0][:, -1]
+
+    def _count(self) -> int:
+        return sum(scores.shape[1] for scores, _ in self._parts)

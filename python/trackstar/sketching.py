@@ -33,6 +33,42 @@ class Sketch:
 
     def of(self, use: Use) -> torch.Tensor:
         """Part of each example's row, (B, d) float32."""
+        x, delta, left, right, scale = self._factors(use)
+        if x.dtype != delta.dtype or x.dtype == torch.float64:
+            x, delta = x.float(), delta.float()
+        projected = project_gradients(
+            x, delta, left, right, scale=scale, offsets=use.offsets, check_finite=False
+        )
+        return projected.flatten(1)
+
+    def along(self, use: Use, direction: torch.Tensor) -> torch.Tensor:
+        """Product of each example's part of its row with a direction, without the rows: (B,) float32.
+
+        ⟨A, P_L (δ xᵀ ∘ S) P_Rᵀ⟩ = δᵀ (P_Lᵀ A P_R ∘ S) x for each token: the direction goes back to where gradients are.
+
+        Args:
+            use: what a pass tells.
+            direction: (d,) float32.
+        """
+        x, delta, left, right, scale = self._factors(use)
+        x, delta = x.float(), delta.float()
+        square = direction.to(delta.device).view(left.shape[-2], right.shape[-2])
+        if scale is None:
+            pairs = zip(left.view(-1, *left.shape[-2:]), right.view(-1, *right.shape[-2:]), strict=True)
+            terms = delta.new_zeros(delta.shape[:-1])
+            for by_output, by_input in pairs:
+                terms += (delta @ by_output.T @ square).mul_(x @ by_input.T).sum(-1)
+        else:
+            terms = (delta @ (left.T @ square @ right).mul_(scale)).mul_(x).sum(-1)
+        if use.offsets is None:
+            return terms.sum(1)
+        owners = torch.repeat_interleave(torch.arange(use.examples), use.offsets.diff())
+        return terms.new_zeros(use.examples).index_add_(0, owners.to(terms.device), terms)
+
+    def _factors(
+        self, use: Use
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(x, δ, left, right, scale), as ``project_gradients`` takes them."""
         self._move(use.output_grads.device)
         x, delta, left, right, scale = use.activations, use.output_grads, self._left, self._right, self._scale
         if use.weight.kind == "embedding":
@@ -41,12 +77,7 @@ class Sketch:
             x, right = _look_up(right, x)
         elif use.rows is not None:
             left, scale = left[..., use.rows], None if scale is None else scale[use.rows]
-        if x.dtype != delta.dtype or x.dtype == torch.float64:
-            x, delta = x.float(), delta.float()
-        projected = project_gradients(
-            x, delta, left, right, scale=scale, offsets=use.offsets, check_finite=False
-        )
-        return projected.flatten(1)
+        return x, delta, left, right, scale
 
     def _move(self, device: torch.device) -> None:
         """To where the weight runs, once and for all."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from trackstar.modules import ALSO, Parts, group_modules, select_weights
+from trackstar.blocks import Blocks, group_weights, number_blocks
+from trackstar.modules import ALSO, Parts, select_weights
 from trackstar.weights import Weight
 from trackstar_kernels import projection_matrix
 from trackstar_kernels.sketch import KINDS
@@ -20,8 +21,9 @@ class SketchSpec:
     Attributes:
         seed: seed of every projection, 0 ≤ seed < 2⁶⁴.
         sketch: p = q; a module's gradient (O, I) becomes sketch × sketch numbers.
-        blocks: "module" (each module a block of its own) or the number of layer blocks; inside a block the
-            projected gradients of the modules add.
+        blocks: what makes up a block, inside which the projected gradients of the modules add: "module" (each is a
+            block of its own); a number of layer blocks, contiguous layers with attention and MLP apart; or {pattern:
+            group} with the group of every module that is captured, by shell patterns.
         kind: "rademacher" or "gaussian", both projections alike; or "countsketch", which makes the exact
             correction nearly free of the sketch's size: CountSketch on the left, Rademacher on the right.
         modules: shell patterns of what to capture ("*.mlp.*"), and, after a "!", of what to leave out. None takes all
@@ -36,7 +38,7 @@ class SketchSpec:
 
     seed: int = 0
     sketch: int = 16
-    blocks: str | int = "module"
+    blocks: Blocks = "module"
     kind: str = "rademacher"
     modules: Sequence[str] | None = None
     also: Sequence[str] = ()
@@ -47,9 +49,7 @@ class SketchSpec:
             raise ValueError(f"sketch must be an int of at least 1, got {self.sketch!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be an int from 0 to 2**64 - 1, got {self.seed!r}")
-        whole = isinstance(self.blocks, int) and not isinstance(self.blocks, bool)
-        if self.blocks != "module" and not (whole and self.blocks >= 1):  # type: ignore[operator]
-            raise ValueError(f'blocks must be "module" or an int of at least 1, got {self.blocks!r}')
+        object.__setattr__(self, "blocks", _check_blocks(self.blocks))
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
         if self.modules is not None:
@@ -59,6 +59,8 @@ class SketchSpec:
         if isinstance(self.also, str) or not set(self.also) <= set(ALSO):
             raise ValueError(f"also must be a list of any of {', '.join(ALSO)}; got {self.also!r}")
         object.__setattr__(self, "also", tuple(self.also))
+        if not isinstance(self.split, Mapping):
+            raise ValueError(f"split must map name patterns to parts, got {self.split!r}")
         object.__setattr__(self, "split", {p: _check_parts(p, parts) for p, parts in self.split.items()})
 
     @property
@@ -99,7 +101,11 @@ class SketchSpec:
 
     def block_of(self, model: nn.Module) -> dict[str, int]:
         """Block index of everything that is captured, in the order of ``model.named_modules()``."""
-        return group_modules(list(self.weights(model)), self.blocks)
+        return number_blocks(group_weights(list(self.weights(model)), self.blocks))
+
+    def block_names(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the L blocks: the module's, the layers', or the user's own."""
+        return tuple(dict.fromkeys(group_weights(list(self.weights(model)), self.blocks).values()))
 
     def as_dict(self) -> dict[str, object]:
         """The fields as JSON values."""
@@ -107,6 +113,19 @@ class SketchSpec:
         fields["modules"] = None if self.modules is None else list(self.modules)
         fields["also"] = list(self.also)
         return fields
+
+
+def _check_blocks(blocks: Blocks) -> Blocks:
+    if isinstance(blocks, Mapping):
+        if not blocks or not all(isinstance(text, str) and text for pair in blocks.items() for text in pair):
+            raise ValueError(f"blocks must map patterns to names of groups, got {blocks!r}")
+        return dict(blocks)
+    whole = isinstance(blocks, int) and not isinstance(blocks, bool)
+    if blocks != "module" and not (whole and blocks >= 1):  # type: ignore[operator]
+        raise ValueError(
+            f'blocks must be "module" or an int of at least 1, or map patterns to groups; got {blocks!r}'
+        )
+    return blocks
 
 
 def _check_parts(pattern: str, parts: Parts) -> Parts:

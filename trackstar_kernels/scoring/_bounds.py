@@ -98,6 +98,24 @@ class TaskBounds:
         bound = torch.where((most > 0) & (least[:, None] <= 0), 1.0, bound).clamp_max(1)
         return torch.where(whole[:, None] == 0, 0.0, bound) + SCORE_ERROR
 
+    def off(
+        self,
+        numerators: torch.Tensor,
+        squares: torch.Tensor,
+        inner: torch.Tensor,
+        whole: torch.Tensor,
+        d: int,
+    ) -> torch.Tensor:
+        """At most how far (n, Q) the scores of narrow rows are from those of the rows encoded, of ``d`` numbers.
+
+        The other arguments are those of :meth:`above`.
+        """
+        scores = numerators * inverse_root(inner + (whole - squares).clamp_min(0))[:, None]
+        apart = distances(whole, squares, torch.float32, d)
+        above = self.above(numerators, squares, inner, whole, apart) - scores
+        below = self.above(-numerators, squares, inner, whole, apart) + scores
+        return torch.maximum(above, below)
+
 
 def product_bounds(
     queries: torch.Tensor, codes: torch.Tensor, squared_norms: torch.Tensor, scales: torch.Tensor
@@ -137,11 +155,7 @@ def mixed_bounds(
         inner += hessian.base * y.square().sum(1) + hessian.sign * t.square().sum(1)
     numerators *= inverse_root(query_squares)
     whole = squared_norms.double().sum(1)
-    scores = numerators * inverse_root(inner + (whole - squares).clamp_min(0))[:, None]
-    apart = distances(whole, squares, torch.float32, queries[0].numel())
-    above = task.above(numerators, squares, inner, whole, apart) - scores
-    below = task.above(-numerators, squares, inner, whole, apart) + scores
-    return torch.maximum(above, below).T
+    return task.off(numerators, squares, inner, whole, queries[0].numel()).T
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor, b: int, d: int) -> torch.Tensor:

@@ -1,11 +1,22 @@
 """Both ops in C++ (csrc/scoring.h)."""
 
+import functools
+from collections.abc import Sequence
+
 import torch
 
 from trackstar_kernels import _C
 from trackstar_kernels._codes import DTYPES, NARROW
 from trackstar_kernels.scoring import _rescoring
-from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, PreparedTask, inverse_root
+from trackstar_kernels.scoring._bounds import TaskBounds
+from trackstar_kernels.scoring._hessian import (
+    CosineTask,
+    Found,
+    Hessian,
+    PreparedTask,
+    WiderRows,
+    inverse_root,
+)
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.bfloat16: "bfloat16"}
 
@@ -47,7 +58,7 @@ def _score_ends(
 
 def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> PreparedTask:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return _CosineTask(queries[asked], _score_ends) if mixing == 0 else _MixedTask(queries, mixing, asked)
+    return _CosineTask(queries[asked]) if mixing == 0 else _MixedTask(queries, mixing, asked)
 
 
 def rescored_topk(
@@ -59,12 +70,8 @@ def rescored_topk(
     scales: torch.Tensor | None,
     largest: bool,
     start: int,
-    wider_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`trackstar_kernels.rescored_topk`; queries (Q, L, d), codes (N, L, …), wider (N, L, d).
-
-    ``wider_scales`` (N, 1) multiply the wider rows, of which codes, scales and squared norms then are.
-    """
+    """See :func:`trackstar_kernels.rescored_topk`; queries (Q, L, d), codes (N, L, …), wider (N, L, d)."""
     queries, codes, squared_norms = queries.contiguous(), _readable(codes), squared_norms.contiguous()
     scales = None if scales is None else scales.expand(codes.shape[:2]).contiguous()
     wider = _readable(wider.flatten(1)[:, None])
@@ -73,7 +80,7 @@ def rescored_topk(
     _C.rescored_topk(
         queries=queries.data_ptr(),
         codes=_rows_at(codes, scales, queries.shape[2]),
-        wider=_rows_at(wider, wider_scales, wider.shape[2]),
+        wider=_rows_at(wider, None, wider.shape[2]),
         squared_norms=squared_norms.data_ptr(),
         tops=_tops_at([(scores, indices)], (largest,)),
         rescored=rescored.data_ptr(),
@@ -83,20 +90,33 @@ def rescored_topk(
 
 
 class _CosineTask(CosineTask):
-    def rescored_topk(
+    """λ = 0. Bounds of narrow rows are those of a task with λ = 0; wider rows are scored as in any scan."""
+
+    def __init__(self, queries: torch.Tensor) -> None:
+        super().__init__(queries, _score_ends)
+        self.queries = queries
+
+    @functools.cached_property
+    def _mixed(self) -> "_MixedTask":
+        return _MixedTask(self.queries, 0.0, slice(None))
+
+    def rescored(
         self,
         codes: torch.Tensor,
-        wider: torch.Tensor,
+        wider: WiderRows,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
-        start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        inverse = inverse_root(squared_norms.sum(1, keepdim=True))
-        scales = inverse if scales is None else scales * inverse
-        norms = squared_norms * inverse.square()
-        return rescored_topk(self.unit, codes, wider, norms, k, scales, largest, start, inverse)
+        ends: tuple[bool, ...],
+        reached: Sequence[torch.Tensor | None],
+    ) -> tuple[list[Found], int]:
+        arrays = codes, wider, squared_norms, k, scales, ends, reached
+        return _rescoring.rescored_topk(self._mixed.bounds, self._mixed.parts, self.scan, *arrays)
+
+    def score_bounds(
+        self, codes: torch.Tensor, squared_norms: torch.Tensor, scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._mixed.score_bounds(codes, squared_norms, scales)
 
 
 class _MixedTask(PreparedTask):
@@ -151,21 +171,31 @@ class _MixedTask(PreparedTask):
         ]
         return [(scores, indices.add_(start)) for scores, indices in found]
 
-    def rescored_topk(
+    def rescored(
         self,
         codes: torch.Tensor,
-        wider: torch.Tensor,
+        wider: WiderRows,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
-        start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        arrays = codes, wider, squared_norms, k, scales, largest
-        scores, indices, rescored = _rescoring.rescored_topk(self.hessian, self._parts, self.scan, *arrays)
-        return scores, indices.add_(start), rescored
+        ends: tuple[bool, ...],
+        reached: Sequence[torch.Tensor | None],
+    ) -> tuple[list[Found], int]:
+        arrays = codes, wider, squared_norms, k, scales, ends, reached
+        return _rescoring.rescored_topk(self.bounds, self.parts, self.scan, *arrays)
 
-    def _parts(
+    def score_bounds(
+        self, codes: torch.Tensor, squared_norms: torch.Tensor, scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        whole = squared_norms.double().sum(1)
+        return self.bounds.off(*self.parts(codes, scales), whole, self.hessian.queries[0].numel()).T.float()
+
+    @functools.cached_property
+    def bounds(self) -> TaskBounds:
+        """What bounds of narrow rows need of the queries."""
+        return TaskBounds.of(self.hessian)
+
+    def parts(
         self, codes: torch.Tensor, scales: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What scores of narrow rows are made of: numerators (n, Q), squares (n,) and inner products (n,)."""

@@ -9,7 +9,7 @@ where t = factor · y, and x R⁻¹ y = combine · t in both.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -139,6 +139,18 @@ class Hessian:
         return scores[self.asked].float()
 
 
+@dataclasses.dataclass(frozen=True)
+class WiderRows:
+    """Rows (n, L, d) of which those at ``places`` (N,) int64, None for all, are the wider copies of N narrow ones."""
+
+    rows: torch.Tensor
+    places: torch.Tensor | None = None
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Copies of the narrow rows at these positions."""
+        return self.rows[positions if self.places is None else self.places[positions]]
+
+
 class PreparedTask:
     """What a backend's ``prepare_task`` returns; see ``Task`` of the package."""
 
@@ -154,19 +166,28 @@ class PreparedTask:
         """A result for each of ``ends``, True for the largest scores; scales (N, L), (N, 1) or None."""
         raise NotImplementedError
 
-    def rescored_topk(
+    def rescored(
         self,
         codes: torch.Tensor,
-        wider: torch.Tensor,
+        wider: WiderRows,
         squared_norms: torch.Tensor,
         k: int,
         scales: torch.Tensor | None,
-        largest: bool,
-        start: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores, indices and numbers of rows scored. Where codes give no bounds, all the wider rows are."""
-        ((scores, indices),) = self.scan(wider, squared_norms, k, None, (largest,), start)
-        return scores, indices, torch.full_like(indices[:, 0], len(wider))
+        ends: tuple[bool, ...],
+        reached: Sequence[torch.Tensor | None],
+    ) -> tuple[list[Found], int]:
+        """A result for each of ``ends``, and the number of wider rows scored: see ``Task.rescored``.
+
+        Where codes give no bounds, all of them are.
+        """
+        everything = wider.at(torch.arange(len(codes), device=codes.device))
+        return self.scan(everything, squared_norms, k, None, ends, 0), len(codes)
+
+    def score_bounds(
+        self, codes: torch.Tensor, squared_norms: torch.Tensor, scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(Q, N) float32, see ``Task.score_bounds``."""
+        raise NotImplementedError("only tasks of the cpu backend bound scores, see score_bounds")
 
 
 class CosineTask(PreparedTask):

@@ -87,8 +87,7 @@ def rescored_mixed_topk(
 
     Returns:
         scores (Q, k) float32 and indices (Q, k) int64: on the CPU, bit for bit those of :func:`mixed_topk` with
-        ``wider``, or with λ = 0 those of one query at a time. And (Q,) int64, how many wider rows were scored for
-        each query.
+        ``wider``. And (Q,) int64, how many wider rows were scored for each query: those that any query needed.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

@@ -1,10 +1,18 @@
 """Queries prepared for the shards of a store."""
 
+from collections.abc import Sequence
+
 import torch
 
 from trackstar_kernels._dispatch import implementation
-from trackstar_kernels.scoring._arguments import check_finite, check_mixed_rows, check_task, check_wider
-from trackstar_kernels.scoring._hessian import Found, PreparedTask
+from trackstar_kernels.scoring._arguments import (
+    check_finite,
+    check_mixed_rows,
+    check_narrow,
+    check_task,
+    check_wider,
+)
+from trackstar_kernels.scoring._hessian import Found, PreparedTask, WiderRows
 
 
 def prepare_task(
@@ -78,9 +86,63 @@ class Task:
         start: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What :func:`rescored_mixed_topk` returns for the task's queries and λ; same arguments, same errors."""
-        check_wider(self._queries, codes, wider, squared_norms, k, scales, start)
+        ((scores, indices),), count = self.rescored(
+            codes, wider, squared_norms, k, scales=scales, ends=(largest,), start=start
+        )
+        return scores, indices, torch.full_like(indices[:, 0], count)
+
+    def rescored(
+        self,
+        codes: torch.Tensor,
+        wider: torch.Tensor,
+        squared_norms: torch.Tensor,
+        k: int,
+        *,
+        scales: torch.Tensor,
+        ends: tuple[bool, ...] = (True,),
+        start: int = 0,
+        places: torch.Tensor | None = None,
+        reached: Sequence[torch.Tensor | None] | None = None,
+    ) -> tuple[list[Found], int]:
+        """What :meth:`topk` and :meth:`extremes` find among wider rows, as far as it may be of use.
+
+        Args:
+            codes: (N, L, …), wider (n, L, d), squared_norms and scales (N, L): see :func:`rescored_mixed_topk`.
+            wider: those of the codes, or more: see ``places``.
+            squared_norms: before narrowing.
+            k: results per query and end, 1 ≤ k ≤ N.
+            scales: those of the codes.
+            ends: which scores are sought, True for the largest; all in one pass.
+            start: index of the first row, added to all indices.
+            places: (N,) int64, which of the wider rows the N codes are of; None where those are as many.
+            reached: for each end scores (Q,) that k rows elsewhere have reached, or None. Rows that are farther from
+                the end are not looked for.
+
+        Returns:
+            Scores and indices for each end: k of them, or, with ``reached``, fewer if fewer rows were scored. And
+            the number of wider rows that were scored.
+        """
+        taken = wider if places is None else wider[:1].expand(len(places), *wider.shape[1:])
+        check_wider(self._queries, codes, taken, squared_norms, k, scales, start)
+        reached = (None,) * len(ends) if reached is None else reached
         with torch.no_grad():
-            return self._prepared.rescored_topk(codes, wider, squared_norms, k, scales, largest, start)
+            rows = WiderRows(wider, places)
+            found, count = self._prepared.rescored(codes, rows, squared_norms, k, scales, ends, reached)
+        return [(scores, indices + start) for scores, indices in found], count
+
+    def score_bounds(
+        self, codes: torch.Tensor, squared_norms: torch.Tensor, *, scales: torch.Tensor
+    ) -> torch.Tensor:
+        """What :func:`score_bounds` says of all the rows (N, L, …) under the task's queries and λ: (Q, N) float32.
+
+        Raises:
+            TypeError: an argument has a wrong type or dtype.
+            ValueError: a shape is wrong.
+            NotImplementedError: the task is of another backend than "cpu".
+        """
+        check_narrow(self._queries, codes, squared_norms, scales)
+        with torch.no_grad():
+            return self._prepared.score_bounds(codes, squared_norms, scales)
 
     def _scan(
         self,
