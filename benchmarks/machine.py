@@ -96,7 +96,7 @@ def describe(device: str = "cpu") -> str:
 def machine() -> dict[str, object]:
     """What a figure depends on."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": _C.isa(),
@@ -107,7 +107,8 @@ def machine() -> dict[str, object]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

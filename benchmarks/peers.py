@@ -1,7 +1,7 @@
 """bergson beside this engine, each against its own training step: ``python -m benchmarks.peers [ENVIRONMENT]``.
 
-Makes a virtual environment of the peer's own (about 2 GB; downloads from PyPI) unless ENVIRONMENT has one, and has its
-Python run peers_bergson.py on case A of the pipeline. Both sides are held to one version of torch. Our figures are
+Makes a virtual environment of the peers' own (6 GB; downloads from PyPI) unless ENVIRONMENT has one, and has its Python
+run peers_bergson.py on case A of the pipeline. Both sides are held to one version of torch. Our figures are
 those that ``benchmarks.pipeline`` saved.
 """
 
@@ -11,15 +11,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
-
-import torch
 
 from benchmarks.machine import RESULTS, save
 from benchmarks.models import CASES
+from benchmarks.peers_environment import ENVIRONMENT, OFFLINE, python_of
 
-BERGSON = "bergson==2.5.1"
 OURS = {
     "none p16": "none p16",
     "none p64": "none p64",
@@ -32,14 +29,10 @@ OURS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("environment", type=Path, nargs="?", default=RESULTS / "peers-env")
+    parser.add_argument("environment", type=Path, nargs="?", default=ENVIRONMENT)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    environment = arguments.environment.resolve()
-    python = environment / "bin" / "python"
-    if not python.exists():
-        install(environment, python)
-    theirs = measure(python, arguments.rounds)
+    theirs = measure(python_of(arguments.environment), arguments.rounds)
     ours = own_ratios()
     versions = theirs["versions"]
     print(f"{CASES['A'].description}; bergson {versions['bergson']}, torch {versions['torch']}, 1 thread")
@@ -52,23 +45,13 @@ def main() -> None:
     print(f"written: {save('peers', theirs | {'ours': ours})}")
 
 
-def install(environment: Path, python: Path) -> None:
-    """An environment with bergson and our version of torch."""
-    venv.create(environment, with_pip=True)
-    pip = [python, "-m", "pip"]
-    same_torch = f"torch=={torch.__version__.split('+')[0]}"
-    subprocess.run([*pip, "install", same_torch, BERGSON], check=True)
-    # Required by bergson and imported by none of it; where torch is not PyPI's own build they break transformers.
-    subprocess.run([*pip, "uninstall", "-y", "torchvision", "torchaudio"], check=True)
-
-
 def measure(python: Path, rounds: int) -> dict[str, object]:
     """What peers_bergson.py found, with the model saved for it."""
     with tempfile.TemporaryDirectory() as folder:
         CASES["A"].model().save_pretrained(f"{folder}/model")
         output = Path(folder) / "bergson.json"
         command = [python, "-m", "benchmarks.peers_bergson", f"{folder}/model", output]
-        own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        own = OFFLINE | {"OMP_NUM_THREADS": "1"}
         subprocess.run(
             [*command, "--rounds", str(rounds)],
             env=os.environ | own,

@@ -1,6 +1,7 @@
-"""One job of peers_scoring.py, in the Python of the environment that has the library; prints JSON.
+"""One job of peers_scoring.py, in the Python of the environment that has the library.
 
-    peers_scoring_job.py LIBRARY ROWS.npy QUERIES.npy K THREADS
+    peers_scoring_job.py write FOLDER                the rows of FOLDER, written to an index by bergson's own writer
+    peers_scoring_job.py LIBRARY FOLDER K THREADS    ours, bergson or faiss; prints JSON
 
 "job": seconds from opening the files to the indices; "memory": the largest resident memory on the way, pages of files
 included, above that of the process with its libraries loaded; "indices": (Q, K).
@@ -14,32 +15,44 @@ from pathlib import Path
 
 import numpy as np
 
-PIECE = 512
-"""Rows that are scored, and in memory, at a time."""
+BLOCK = 256
+"""Numbers of a row that belong to one module."""
 
-Search = Callable[[str, str, int], list[list[int]]]
+MEMORY = 48_000_000
+"""Bytes that our scan may take."""
+
+PIECE = 1024
+"""Rows that FAISS is given at a time, so that they are in memory once."""
+
+Search = Callable[[Path, np.ndarray, int], list[list[int]]]
 
 
 def ours(threads: int) -> Search:
-    import mmap
-
     import torch
-
-    from trackstar_kernels.scoring import merge_topk, score_topk
+    from trackstar.attribution import score_rows
+    from trackstar.store import open_store
 
     torch.set_num_threads(threads)
 
-    def search(rows: str, queries: str, k: int) -> list[list[int]]:
-        # Mapped copy-on-write: torch takes only arrays it may write to.
-        stored, asked = np.load(rows, mmap_mode="c"), torch.from_numpy(np.load(queries))
-        best = []
-        for start in range(0, len(stored), PIECE):
-            piece = torch.from_numpy(stored[start : start + PIECE])
-            best.append(score_topk(asked, piece, min(k, len(piece)), start=start))
-            # The pages that are surely read; the rest of the last one goes with the next piece.
-            end = stored.offset + (start + len(piece)) * stored.strides[0]
-            stored._mmap.madvise(mmap.MADV_DONTNEED, 0, end // mmap.PAGESIZE * mmap.PAGESIZE)
-        return merge_topk(best, k)[1].tolist()
+    def search(folder: Path, queries: np.ndarray, k: int) -> list[list[int]]:
+        store = open_store(folder / "store")
+        rows = torch.from_numpy(queries).view(len(queries), *store.row_shape)
+        return score_rows(store, rows, k=k, mixing=0.0, memory=MEMORY)[1].tolist()
+
+    return search
+
+
+def bergson(threads: int) -> Search:
+    import torch
+    from bergson import Attributor
+
+    torch.set_num_threads(threads)
+
+    def search(folder: Path, queries: np.ndarray, k: int) -> list[list[int]]:
+        attributor = Attributor(folder / "bergson")
+        parts = torch.from_numpy(queries).split(BLOCK, dim=1)
+        asked = dict(zip(attributor.ordered_modules, parts, strict=True))
+        return attributor.search(asked, k).indices.tolist()
 
     return search
 
@@ -49,13 +62,30 @@ def faiss(threads: int) -> Search:
 
     faiss.omp_set_num_threads(threads)
 
-    def search(rows: str, queries: str, k: int) -> list[list[int]]:
-        stored, asked = np.load(rows, mmap_mode="r"), np.load(queries)
-        index = faiss.IndexFlatIP(stored.shape[1])
-        index.add(stored)
-        return index.search(asked, k)[1].tolist()
+    def search(folder: Path, queries: np.ndarray, k: int) -> list[list[int]]:
+        index = faiss.IndexFlatIP(queries.shape[1])
+        with (folder / "rows.npy").open("rb") as file:
+            np.lib.format.read_magic(file)
+            (rows, size), _, dtype = np.lib.format.read_array_header_1_0(file)
+            for start in range(0, rows, PIECE):
+                piece = np.fromfile(file, dtype, min(PIECE, rows - start) * size)
+                index.add(piece.reshape(-1, size).astype(np.float32, copy=False))
+        return index.search(queries, k)[1].tolist()
 
     return search
+
+
+def write(folder: Path) -> None:
+    """FOLDER/bergson of FOLDER/rows.npy."""
+    from bergson.data import create_index
+    from bergson.gradients import GradientProcessor
+
+    rows = np.load(folder / "rows.npy", mmap_mode="r")
+    modules = {f"module{i}": BLOCK for i in range(rows.shape[1] // BLOCK)}
+    GradientProcessor().save(folder / "bergson")
+    index = create_index(folder / "bergson", len(rows), modules, rows.dtype)
+    index[:] = rows
+    index.flush()
 
 
 def resident(field: str) -> int:
@@ -65,11 +95,14 @@ def resident(field: str) -> int:
 
 
 def main() -> None:
-    library, rows, queries, k, threads = sys.argv[1:]
-    search = {"ours": ours, "faiss": faiss}[library](int(threads))
+    if sys.argv[1] == "write":
+        write(Path(sys.argv[2]))
+        return
+    library, folder, k, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    search = {"ours": ours, "bergson": bergson, "faiss": faiss}[library](threads)
     Path("/proc/self/clear_refs").write_text("5")  # the largest so far starts anew
     idle, began = resident("VmRSS"), time.perf_counter()
-    indices = search(rows, queries, int(k))
+    indices = search(folder, np.load(folder / "queries.npy"), k)
     taken = time.perf_counter() - began
     print(json.dumps({"job": taken, "memory": resident("VmHWM") - idle, "indices": indices}))
 

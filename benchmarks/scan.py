@@ -6,27 +6,20 @@ wall's: reading is other processors' work and the disk's.
 """
 
 import argparse
-import dataclasses
+import itertools
 import os
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from trackstar.curvature import estimate_curvature
-from trackstar.examples import Encoded
-from trackstar.manifest import Manifest
 from trackstar.scan import plan_scan
 from trackstar.selection import select
-from trackstar.shard import StoredRows, write_shard
-from trackstar.spec import SketchSpec
-from trackstar.store import open_store
-from trackstar.writer import making
-from trackstar.writing import write_curvature
 
 from benchmarks.machine import save
+from benchmarks.stores import write_store
 from benchmarks.timing import ratio
 from trackstar_kernels.scoring import merge_topk, prepare_task
 
@@ -47,24 +40,10 @@ def main() -> None:
 
 def random_store(path):
     """A float16 store of random rows."""
-    total = SHARDS * SHARD_ROWS
-    identity = {"spec": SketchSpec().as_dict(), "dtype": "float16", "wide": None, "correction": None}
-    begun = Manifest(identity, (BLOCKS, SIZE), ({"examples": total, "fingerprint": ""},), total)
-    nothing = np.zeros(1, np.int32)
-    with making(path, begun) as writer:
-        for number in range(SHARDS):
-            rows = torch.randn(SHARD_ROWS, BLOCKS, SIZE)
-            if number == 0:
-                curvature = estimate_curvature([rows], BLOCKS, SIZE)
-                writer.commit(
-                    dataclasses.replace(writer.manifest, curvature=write_curvature(path, curvature))
-                )
-            start = number * SHARD_ROWS
-            examples = [Encoded(str(start + i), "", nothing, nothing) for i in range(SHARD_ROWS)]
-            layout = writer.manifest.layout
-            stored = StoredRows.encode(rows, curvature.whitener, layout)
-            writer.commit_shard(write_shard(path, layout, start, stored, examples))
-    return open_store(path)
+    first = torch.randn(SHARD_ROWS, BLOCKS, SIZE)
+    others = (torch.randn(SHARD_ROWS, BLOCKS, SIZE) for _ in range(1, SHARDS))
+    curvature = estimate_curvature([first], BLOCKS, SIZE)
+    return write_store(path, itertools.chain([first], others), SHARDS * SHARD_ROWS, curvature, "float16")
 
 
 def measure(store, queries, rounds):

@@ -34,6 +34,14 @@ TARGETS = {
     "int8 with rescoring ÷ best mm, Q = 128": (0.62, 0.52),
     "sign ÷ FAISS, worst Q": (0.60, 0.30),
     "narrow rows, two threads ÷ one, worst": (0.56, 0.52),
+    "search from files ÷ bergson, float32": (0.25, 0.25),
+    "search from files ÷ bergson, float16": (0.25, 0.25),
+    "search from files ÷ faiss, float32": (1.00, 1.00),
+    "search from files ÷ faiss, float16": (1.00, 1.00),
+    "its memory ÷ bergson, float32": (0.10, 0.10),
+    "its memory ÷ bergson, float16": (0.10, 0.10),
+    "its memory ÷ faiss, float32": (0.10, 0.10),
+    "its memory ÷ faiss, float16": (0.10, 0.10),
 }
 """What must be reached, and what would be a record; at most, each."""
 

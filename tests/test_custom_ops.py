@@ -1,5 +1,8 @@
 """The kernels inside other people's graphs: custom ops that torch.compile, fake tensors and opcheck accept."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,3 +107,20 @@ def test_fake_tensors_have_the_real_shapes(function, arguments):
         fake = function(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
     for got, wanted in zip(*((r if isinstance(r, tuple) else (r,)) for r in (fake, real)), strict=True):
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+
+
+CALLS = """
+import sys, torch, trackstar_kernels as tk
+rows, queries = torch.randn(9, 2, 8), torch.randn(2, 2, 8)
+codes, scales, squared_norms = tk.encode_rows(rows, torch.randn(2, 8, 8), "int8")
+tk.score_topk(queries, codes, 3, scales=scales)
+tk.mixed_topk(queries, rows, rows.square().sum(2), 3, 0.5)
+tk.project_gradients(rows, rows, tk.projection_matrix(3, 8, seed=0, stream=0), torch.randn(3, 8))
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_calls_do_not_load_the_compiler():
+    """Which takes seconds, in every process that asks a store."""
+    finished = subprocess.run([sys.executable, "-c", CALLS], check=True, capture_output=True, text=True)
+    assert finished.stdout == "False\n"

@@ -194,10 +194,11 @@ def test_a_scan_gets_its_pieces(monkeypatch):
         )
     monkeypatch.setattr(scan, "staged", lambda tensors, device: staged(tensors, device, link=PromptLink()))
     found = [
-        (rows, *(t if t is None else t.clone() for t in tensors))
-        for rows, *tensors in scan._on_device(wanted, torch.device("cuda"))
+        (piece.rows, *(t if t is None else t.clone() for t in tensors))
+        for piece, *tensors in scan._on_device(wanted, torch.device("cuda"))
     ]
-    assert same(found, list(scan._on_device(wanted, torch.device("cpu"))))
+    on_cpu = [(piece.rows, *tensors) for piece, *tensors in scan._on_device(wanted, torch.device("cpu"))]
+    assert same(found, on_cpu)
 
 
 @pytest.mark.gpu

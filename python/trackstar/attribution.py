@@ -12,13 +12,14 @@ from trackstar import fingerprint
 from trackstar.baselines import Encoder, bm25_scores, chosen_texts, read_queries
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
-from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries
+from trackstar.examples import EncodedQuery, check_queries, encode_queries
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
 from trackstar.methods import GRADIENTS, READERS, Gradients, require_method, require_rows
-from trackstar.passes import check_model, rows_of, vocabulary_size
+from trackstar.passes import check_model, vocabulary_size
 from trackstar.probability import stored_probabilities
 from trackstar.products import Weigh, by_unwhitened_norm, by_weight, unwhitening_queries
+from trackstar.queries import rows_of_queries
 from trackstar.result import Result, joined
 from trackstar.scan import MEMORY, Scan, plan_scan
 from trackstar.selection import Where, select, select_at_least
@@ -49,13 +50,14 @@ def query_rows(
         ValueError: a query does not fit the model, or ``output`` is unknown.
         FloatingPointError: a query's gradient is NaN or Inf.
     """
-    loss = output_function(store.output if output is None else output)
-    check_vocabulary(queries, vocabulary_size(model), "queries")
+    output = store.output if output is None else output
+    output_function(output)
+    check_queries(queries, vocabulary_size(model))
     check_model(model)
     fingerprint.require_same(model, tokenizer, store)
     collector = GradientCollector(model, store.spec, store.correction)
     lean = LeanPass(model, collector.modules.values())
-    return rows_of(lean, queries, collector, loss=loss)
+    return rows_of_queries(lean, queries, collector, output)
 
 
 def score_rows(
@@ -128,7 +130,8 @@ def attribute(
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
         model: the model that the store was built with; None where the method is "bm25" or "dense".
-        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
+        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id"; or with
+            several targets, or one rather than another, see :func:`trackstar.examples.encode_queries`.
         tokenizer: the model's, for queries given as text.
         method: a name in :data:`trackstar.methods.METHODS`. Some need other rows than a store may hold
             (:func:`companion_store` builds a store of them), and "trak" a pass over the store's examples, once.
@@ -212,7 +215,7 @@ def attribute(
         for best, largest in zip(found, directions, strict=True)
     ]
     if by_block or by_token:
-        results = [with_terms(r, model, asked, by_block=by_block, by_token=by_token) for r in results]
+        results = [with_terms(r, model, rows, by_block=by_block, by_token=by_token) for r in results]
     return joined(r if kind.mixed else dataclasses.replace(r, mixing=None) for r in results)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_plan, cli_stores
+from trackstar import cli_evaluate, cli_plan, cli_stores
 from trackstar.cli_options import (
     AlsoOption,
     BlocksOption,
@@ -33,6 +33,7 @@ from trackstar.cli_options import (
     parse_condition,
     parse_range,
     read_jsonl,
+    silence_transformers,
 )
 
 app = typer.Typer(
@@ -101,12 +102,20 @@ def query(
     target: Annotated[
         str | None, typer.Option(help="What it said; give the space before it, if any.")
     ] = None,
-    queries: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": …, "target": …}.')] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help='JSONL of {"prompt": …, "target": …} and the like.')
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Passages per query.")] = 10,
     mixing: Annotated[
         str, typer.Option(help='λ of trackstar from 0 to below 1, or "auto" for the paper\'s rule.')
     ] = "auto",
     opponents: Annotated[bool, typer.Option("--opponents", help="Also the lowest scores.")] = False,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Show the layer blocks that each score mostly comes from.")
+    ] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Show the passages' tokens that each score mostly comes from.")
+    ] = False,
     rows: Annotated[str | None, typer.Option(metavar="A:B", help="Look at rows A ≤ i < B alone.")] = None,
     ids: Annotated[Path | None, typer.Option(help="Look at the ids in this file alone, one a line.")] = None,
     where: Annotated[
@@ -180,6 +189,8 @@ def query(
         *(matching(field, pattern) for field, pattern in conditions),
     )
     asked = [{"prompt": prompt, "target": target}] if queries is None else read_jsonl(queries, "--queries")
+    if encoder is not None:
+        silence_transformers()
     network, tokenizer = (None, None) if model is None else load_model(model)
     if network is not None:
         opened = companion_store(opened, network, method.value, tokenizer=tokenizer, path=companion)
@@ -212,12 +223,14 @@ def query(
             mixing=share,
             factors=factors,
             encoder=encoder,
+            by_block=blocks,
+            by_token=tokens,
             rescore=rescore,
             **options,
         )
-    print_result(result)
+    print_result(result, tokenizer=tokenizer)
     if result.opponents is not None:
-        print_result(result.opponents)
+        print_result(result.opponents, tokenizer=tokenizer)
     if out is not None:
         result.to_jsonl(out)
         typer.echo(f"\nwritten: {out}")
@@ -233,7 +246,7 @@ def info(store: StoreArgument) -> None:
     typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
-for command in (cli_plan.plan, *cli_stores.COMMANDS):
+for command in (cli_plan.plan, cli_evaluate.evaluate, *cli_stores.COMMANDS):
     app.command()(command)
 
 

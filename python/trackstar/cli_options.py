@@ -158,16 +158,21 @@ def make_spec(
     )
 
 
+def silence_transformers() -> None:
+    """Have transformers say nothing, and show no bars, when it loads models."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def require_model(folder: Path) -> None:
     """Require a model's folder, and have transformers keep silent about it."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"--model must be a folder with a transformers model (config.json), got {folder}"
         )
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    silence_transformers()
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:

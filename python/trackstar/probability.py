@@ -9,6 +9,7 @@ from torch import nn
 from trackstar import fingerprint
 from trackstar.examples import IGNORED, Encoded, encode_examples
 from trackstar.lean import LeanPass
+from trackstar.losses import VALUES
 from trackstar.passes import BATCH_TOKENS, has_loss
 from trackstar.progress import track
 from trackstar.store import Store
@@ -30,7 +31,7 @@ def mean_probabilities(
             positions = [counted[j] for j in members]
             batch = lean.arrange([examples[i] for i in positions])
             predictions = [int((examples[i].labels[1:] != IGNORED).sum()) for i in positions]
-            parts = lean.probabilities(batch).cpu().split(predictions)
+            parts = lean.values(batch, VALUES["loss"]).neg().exp().cpu().split(predictions)
             found[positions] = torch.stack([part.double().mean() for part in parts]).float()
             on_batch(len(members))
     return found

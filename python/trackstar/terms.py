@@ -24,6 +24,7 @@ from trackstar.sketching import Sketch
 from trackstar.store import Store
 from trackstar.tap import GradientTap
 from trackstar.weights import Use
+from trackstar_kernels import encode_rows
 
 ROW_BYTES = 1 << 28
 """Of the examples' rows that are in memory at a time."""
@@ -45,14 +46,14 @@ class Terms:
 
 
 def with_terms(
-    result: Result, model: nn.Module, queries: torch.Tensor, *, by_block: bool, by_token: bool
+    result: Result, model: nn.Module, rows: torch.Tensor, *, by_block: bool, by_token: bool
 ) -> Result:
     """The result of a scan, with what its scores are sums of.
 
     Args:
         result: of a store.
         model: the model that the store was built with.
-        queries: all the task's whitened rows, (Q, L, d) float32.
+        rows: all the task's queries', (Q, L, d) float32, not whitened.
         by_block: fill in ``blocks`` and ``by_block``.
         by_token: fill in ``by_token``; runs the model over the examples found.
 
@@ -63,6 +64,7 @@ def with_terms(
     store, mixing = result.corpus, result.mixing
     if not isinstance(store, Store) or mixing is None:
         raise TypeError("result must be of a scan of a store")
+    queries, _, _ = encode_rows(rows, store.curvature.whitener, "float32")
     terms = block_terms(store, queries, mixing, result.indices)
     if by_block:
         names = store.spec.block_names(model)

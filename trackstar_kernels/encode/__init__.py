@@ -4,6 +4,7 @@ import torch
 
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
 from trackstar_kernels._codes import DTYPES, NARROW, code_size
+from trackstar_kernels._custom_ops import custom_op
 from trackstar_kernels._dispatch import implementation, register
 
 BACKENDS = register("encode_rows", {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")})
@@ -65,7 +66,7 @@ def encode_rows(
     return codes, scales if DTYPES[dtype] in NARROW else None, squared_norms
 
 
-@torch.library.custom_op("trackstar::encode_rows", mutates_args=())
+@custom_op("encode_rows")
 def _encode_rows(
     rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: str, backend: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,7 +87,7 @@ def _encode_rows(
     return codes, squared_norms.new_empty(0) if scales is None else scales, squared_norms
 
 
-@_encode_rows.register_fake
+@torch.library.register_fake("trackstar::encode_rows")
 def _(
     rows: torch.Tensor, whiteners: torch.Tensor | None, dtype: str, backend: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 import torch
 
 from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._custom_ops import custom_op
 from trackstar_kernels._dispatch import implementation, register
 
 BACKENDS = register("project_gradients", {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")})
@@ -94,7 +95,7 @@ def project_gradients(
         )
 
 
-@torch.library.custom_op("trackstar::project_gradients", mutates_args=())
+@custom_op("project_gradients")
 def _project_gradients(
     activations: torch.Tensor,
     output_grads: torch.Tensor,
@@ -120,7 +121,7 @@ def _project_gradients(
     return out
 
 
-@_project_gradients.register_fake
+@torch.library.register_fake("trackstar::project_gradients")
 def _(
     activations: torch.Tensor,
     output_grads: torch.Tensor,

@@ -3,6 +3,7 @@
 import torch
 
 from trackstar_kernels._codes import NARROW
+from trackstar_kernels._custom_ops import custom_op
 from trackstar_kernels._dispatch import implementation, register
 from trackstar_kernels.scoring._arguments import check_finite, check_mixed_rows, check_rows, check_task
 from trackstar_kernels.scoring._merge import merge_topk
@@ -77,7 +78,7 @@ def score_topk(
         return _score_topk(queries, rows, k, scales, largest, start, backend)
 
 
-@torch.library.custom_op("trackstar::score_topk", mutates_args=())
+@custom_op("score_topk")
 def _score_topk(
     queries: torch.Tensor,
     rows: torch.Tensor,
@@ -93,7 +94,7 @@ def _score_topk(
     return run(queries, rows, k, scales, largest, start)
 
 
-@_score_topk.register_fake
+@torch.library.register_fake("trackstar::score_topk")
 def _(
     queries: torch.Tensor,
     rows: torch.Tensor,
@@ -157,7 +158,7 @@ def mixed_topk(
         return _mixed_topk(queries, rows, squared_norms, k, float(mixing), scales, largest, start, backend)
 
 
-@torch.library.custom_op("trackstar::mixed_topk", mutates_args=())
+@custom_op("mixed_topk")
 def _mixed_topk(
     queries: torch.Tensor,
     rows: torch.Tensor,
@@ -174,7 +175,7 @@ def _mixed_topk(
     return found
 
 
-@_mixed_topk.register_fake
+@torch.library.register_fake("trackstar::mixed_topk")
 def _(
     queries: torch.Tensor,
     rows: torch.Tensor,

@@ -3,6 +3,7 @@
 import torch
 
 from trackstar_kernels._checks import check_count
+from trackstar_kernels._custom_ops import custom_op
 from trackstar_kernels._dispatch import implementation, register
 
 BACKENDS = register(
@@ -67,7 +68,7 @@ def projection_matrix(
     return _projection_matrix(rows, cols, seed, stream, kind, dtype, torch.device(device), backend)
 
 
-@torch.library.custom_op("trackstar::projection_matrix", mutates_args=())
+@custom_op("projection_matrix")
 def _projection_matrix(
     rows: int,
     cols: int,
@@ -83,7 +84,7 @@ def _projection_matrix(
     return run(rows, cols, seed % 2**64, stream % 2**64, kind, dtype, device)
 
 
-@_projection_matrix.register_fake
+@torch.library.register_fake("trackstar::projection_matrix")
 def _(
     rows: int,
     cols: int,

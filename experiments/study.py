@@ -1,0 +1,154 @@
+"""What the parts of the study share: its sizes, the folder it works in, and the JSON each part leaves there."""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import trackstar
+import transformers
+
+from benchmarks.machine import processor
+from trackstar_kernels import _C
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large a run of the study is.
+
+    Attributes:
+        passages: in the corpus.
+        facts: of each relation, in each form, that are put to the model.
+        epochs: that the model is fine-tuned for.
+        batch: passages in a step.
+        learning_rate: of AdamW.
+        sweeps: whether settings are swept that need rows of their own.
+        ekfac: name patterns of the modules that EK-FAC is fitted on.
+        queries: that are asked, at most.
+    """
+
+    passages: int
+    facts: int
+    epochs: int
+    batch: int
+    learning_rate: float
+    sweeps: bool
+    ekfac: tuple[str, ...]
+    queries: int
+
+
+SIZES = {
+    "small": Size(320, 8, 3, 8, 1e-4, False, ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 60),
+    "medium": Size(640, 16, 3, 8, 1e-4, True, ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 120),
+    "full": Size(4000, 60, 3, 16, 1e-4, True, ("*mlp*",), 500),
+}
+"""small: minutes on two cores. medium: the figures of docs/evidence.md. full: a night."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One run of the study: everything it makes lies under ``folder``.
+
+    Attributes:
+        folder: of this size and seed.
+        name: of the size.
+        seed: of everything that is drawn.
+    """
+
+    folder: Path
+    name: str
+    seed: int
+
+    @property
+    def size(self) -> Size:
+        """What the name stands for."""
+        return SIZES[self.name]
+
+    def path(self, *parts: str) -> Path:
+        """A path under the folder, whose parent exists."""
+        path = self.folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write(self, part: str, results: Any, **settings: Any) -> Path:
+        """Leave a part's results, with what they depend on, as ``results/<part>.json``."""
+        record = {
+            "part": part,
+            "size": self.name,
+            "seed": self.seed,
+            "versions": versions(),
+            "settings": dataclasses.asdict(self.size) | settings,
+            "machine": machine(),
+            "results": results,
+        }
+        path = self.path("results", f"{part}.json")
+        write_whole(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        print(f"{part}: {path}", flush=True)
+        return path
+
+    def read(self, part: str) -> Any:
+        """A part's results.
+
+        Raises:
+            FileNotFoundError: the part has not run.
+        """
+        path = self.folder / "results" / f"{part}.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"run `python -m experiments.{part} --size {self.name}` first: no {path}")
+        return json.loads(path.read_text(encoding="utf-8"))["results"]
+
+
+def study(description: str | None, argv: list[str] | None = None) -> Study:
+    """The study that the command line names."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--work", type=Path, default=Path(".evidence"), help="where everything is kept")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return Study(given.work / f"{given.size}-{given.seed}", given.size, given.seed)
+
+
+def cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The tensor kept at ``path``, mapped into memory; made and kept there first where it is not."""
+    if not path.is_file():
+        start = time.perf_counter()
+        temporary = path.with_name(path.name + ".new")
+        torch.save(make(), temporary)
+        temporary.replace(path)
+        print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
+    return torch.load(path, mmap=True, weights_only=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is whole or absent."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trackstar": trackstar.__version__,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """That computes."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.isa(),
+    }
