@@ -391,6 +391,25 @@ def test_a_companion_follows_its_store(llama, tmp_path, capsys):
     assert not {1, 5} & set(trak.indices.flatten().tolist())
 
 
+def test_work_on_a_store_goes_on_with_its_output(llama, tmp_path):
+    given, more = make_examples((5, 6, 7, 8)), make_examples((9, 4), seed=1)
+    path = tmp_path / "s"
+    store = build_store(path, llama, given, spec=SPEC, dtype="float32", output="margin", shard_rows=4)
+    assert store.output == "margin"
+    store = trackstar.append_store(path, llama, more)
+    wanted = torch.einsum(
+        "bij,nbj->nbi", store.curvature.whitener.double(), rows_of(llama, more, output="margin")
+    )
+    torch.testing.assert_close(store.rows(4, 6).double(), wanted, rtol=1e-4, atol=1e-4)
+    before = store.rows(0, 6).clone()
+    (path / "shards" / "0000000004-0000000006" / "rows" / "data.ninja").write_bytes(b"")
+    assert trackstar.repair_store(path, llama, given + more) == ["shards/0000000004-0000000006"]
+    assert torch.equal(open_store(path).rows(0, 6), before)
+    other = build_store(tmp_path / "o", llama, more, spec=SPEC, dtype="float32", curvature=store.curvature)
+    with pytest.raises(StoreError, match="its output is 'loss' instead of 'margin'"):
+        trackstar.merge_stores(tmp_path / "m", [path, other.path])
+
+
 def test_probabilities_are_kept_and_checked(made):
     model, _, _, store = made
     found = companion_store(store, model, "trak")
