@@ -26,7 +26,6 @@ from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.sampling import coins_of, draw
 from trackstar.ekfac.scoring import scores_of, thin_queries
 from trackstar.examples import encode_examples, encode_queries
-from trackstar.losses import nll
 
 from benchmarks.correction import make_text
 from benchmarks.machine import RESULTS, save
@@ -120,7 +119,7 @@ def own_scores(folder, model, given, queries, seed):
     result = influence(factors, model, given, queries, k=len(given), rank=RANK)
     whole = torch.empty_like(result.scores).scatter_(1, result.indices, result.scores)
     capture, inverse = TokenCapture(model, biases=True), DampedInverse(factors, 0.1, torch.device("cpu"))
-    thin = thin_queries(capture, encode_queries(queries, None), inverse, RANK, nll)
+    thin = thin_queries(capture, encode_queries(queries, None), inverse, RANK, "loss")
     return {
         "whole": whole,
         "thin": scores_of(capture, encode_examples(given, None), thin, lambda count: None),

@@ -9,7 +9,7 @@ from rich.console import Console
 from trackstar import SketchSpec, StoreError, attribute, build_store, open_store
 from trackstar.attribution import query_rows, score_rows
 from trackstar.examples import encode_queries
-from trackstar.report import mark, query_words, shorten
+from trackstar.report import largest_terms, mark, query_words, shorten
 from trackstar.second_moments import SecondMoments
 
 SPEC = SketchSpec(sketch=4)
@@ -256,6 +256,7 @@ def test_marking():
     assert [(s.start, s.end) for s in coloured.spans] == [(2, 7)]
     assert shorten("word " * 100) == "word " * 59 + "word …"
     assert shorten("two\n  lines") == "two lines"
+    assert largest_terms(torch.tensor([0.1, -0.3, 0.2]), ["a", "b", "c"], 2) == "b -0.3000, c +0.2000"
 
 
 @pytest.mark.parametrize(

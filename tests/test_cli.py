@@ -473,3 +473,33 @@ def test_help_lists_the_commands():
     ).stdout
     commands = "build query info plan verify repair append delete merge reencode rewhiten"
     assert all(command in out for command in commands.split())
+
+
+def test_terms_and_queries_of_several_targets_are_shown(folder, store, monkeypatch, capsys, tmp_path):
+    asked = {"prompt": "the capital of Peru is", "targets": ["Lima", "Oslo"], "rather_than": "Nairobi"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(asked))
+    arguments = ("query", store, "--model", folder / "model", "--queries", tmp_path / "q.jsonl", "-k", 2)
+    code, out, err = call_main(monkeypatch, capsys, *arguments, "--blocks", "--tokens", "--opponents")
+    assert code == 0, err
+    assert out.count("Lima | Oslo, rather than Nairobi") == 2
+    assert out.count("blocks: model.layers.") == out.count("tokens: '") == 4
+    code, out, _ = call_main(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert "blocks: " not in out
+    assert "tokens: " not in out
+
+
+def test_a_grouping_of_ones_own(folder, monkeypatch, capsys, tmp_path):
+    (tmp_path / "blocks.json").write_text(json.dumps({"*.self_attn.*": "attention", "*.mlp.*": "MLPs"}))
+    files = ("--model", folder / "model", "--data", folder / "data.jsonl", "--out", tmp_path / "s")
+    code, out, err = call_main(
+        monkeypatch, capsys, "build", *files, "--sketch", 2, "--blocks", tmp_path / "blocks.json"
+    )
+    assert code == 0, err
+    assert "18 rows of 2×4" in out
+    (tmp_path / "blocks.json").write_text(json.dumps({"*.self_attn.*": "attention"}))
+    code, _, err = call_main(
+        monkeypatch, capsys, "build", *files, "--sketch", 2, "--blocks", tmp_path / "blocks.json"
+    )
+    assert code == 1
+    assert "blocks must put 'model.layers.0.mlp.gate_proj' into one group, it matches none" in err

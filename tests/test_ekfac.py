@@ -14,8 +14,7 @@ from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse, low_rank
 from trackstar.ekfac.sampling import LEVELS, coins_of, draw, sampled_nll
 from trackstar.ekfac.scoring import scores_of, terms_of, thin_queries, whole_query
-from trackstar.examples import encode_examples, encode_queries
-from trackstar.losses import nll
+from trackstar.examples import EncodedQuery, encode_examples, encode_queries
 from trackstar.modules import select_weights
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -227,13 +226,13 @@ def test_thin_matrices_of_full_rank_score_as_whole_ones(model, tmp_path):
     inverse = DampedInverse(factors, 0.1, torch.device("cpu"))
     whole = torch.stack(
         [
-            terms_of(capture, examples, whole_query(capture, query, inverse, nll), lambda n: None).scores
+            terms_of(capture, examples, whole_query(capture, query, inverse, "loss"), lambda n: None).scores
             for query in queries
         ]
     )
     errors = []
     for rank in (2, 8, 10_000):
-        thin = thin_queries(capture, queries, inverse, rank, nll)
+        thin = thin_queries(capture, queries, inverse, rank, "loss")
         assert all(u.shape[2] == min(rank, *capture.shapes[name]) for name, (u, _) in thin.factors.items())
         scores = scores_of(capture, examples, thin, lambda n: None)
         errors.append(((scores - whole).norm() / whole.norm()).item())
@@ -264,7 +263,7 @@ def test_terms_are_tokens_and_modules_and_sum_to_the_score(llama, tmp_path):
     modules = capture.modules
     inverse = DampedInverse(factors, 0.1, torch.device("cpu"))
     for q, query in enumerate(encode_queries(QUERIES, None)):
-        whole = whole_query(capture, query, inverse, nll)
+        whole = whole_query(capture, query, inverse, "loss")
         for place, index in enumerate(result.indices[q].tolist()):
             example = result.corpus.encoded[index]
             wanted = torch.zeros(len(example), len(modules), dtype=torch.float64)
@@ -299,7 +298,8 @@ def test_an_influence_is_how_much_a_loss_falls(tmp_path):
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
 
     for place in (0, len(given) - 1):
-        step = whole_query(capture, result.corpus.encoded[int(result.indices[0, place])], inverse, nll)
+        example = result.corpus.encoded[int(result.indices[0, place])]
+        step = whole_query(capture, EncodedQuery(**vars(example)), inverse, "loss")
         size = 1e-4 / max(part.norm().item() for part in step.values())
         fall = (loss_after(step, -size) - loss_after(step, size)) / (2 * size)
         assert fall == pytest.approx(result.scores[0, place].item(), rel=1e-3)

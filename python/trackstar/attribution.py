@@ -10,11 +10,12 @@ from torch import nn
 from trackstar import fingerprint
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
-from trackstar.examples import EncodedQuery, check_vocabulary, encode_queries, encode_task
+from trackstar.examples import EncodedQuery, check_queries, encode_queries, encode_task
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
-from trackstar.passes import check_model, rows_of, vocabulary_size
+from trackstar.passes import check_model, vocabulary_size
 from trackstar.progress import console
+from trackstar.queries import rows_of_queries
 from trackstar.result import Result
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
 from trackstar.selection import Where, select
@@ -46,13 +47,13 @@ def query_rows(
         ValueError: a query does not fit the model, or ``output`` is unknown.
         FloatingPointError: a query's gradient is NaN or Inf.
     """
-    loss = output_function(output)
-    check_vocabulary(queries, vocabulary_size(model), "queries")
+    output_function(output)
+    check_queries(queries, vocabulary_size(model))
     check_model(model)
     fingerprint.require_same(model, tokenizer, store)
     collector = GradientCollector(model, store.spec, store.correction)
     lean = LeanPass(model, collector.modules.values())
-    return rows_of(lean, queries, collector, loss=loss)
+    return rows_of_queries(lean, queries, collector, output)
 
 
 def score_rows(
@@ -91,10 +92,7 @@ def score_rows(
     """
     count = 0 if task is None else len(task)
     scan = _plan(store, len(rows), count, k, mixing, (largest,), where, memory, device, rescore)
-    whitened = whiten(store, rows)
-    others = None if task is None else whiten(store, task)
-    used = _mixing(store, rows if task is None else task, mixing)
-    (found,) = _run(scan, whitened, others, used)
+    (found,), used = _answer(scan, rows, task, mixing)
     return found.scores, found.indices, used
 
 
@@ -126,7 +124,8 @@ def attribute(
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
         model: the model that the store was built with.
-        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
+        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id"; or with
+            several targets, or one rather than another, see :func:`trackstar.examples.encode_queries`.
         tokenizer: the model's, for queries given as text.
         k: examples per query.
         mixing: λ in [0, 1), or "auto" for the paper's rule.
@@ -162,10 +161,9 @@ def attribute(
     others = [] if task is None else encode_task(task, tokenizer)
     directions = (True, False) if opponents else (largest,)
     scan = _plan(store, len(encoded), len(others), k, mixing, directions, where, memory, device, rescore)
-    rows = query_rows(store, model, [*encoded, *others], tokenizer=tokenizer, output=output)
-    asked, shaping = rows.split([len(encoded), len(others)])
-    used = _mixing(store, shaping if others else asked, mixing)
-    whitened, task_rows = whiten(store, asked), whiten(store, shaping) if others else None
+    both = query_rows(store, model, [*encoded, *others], tokenizer=tokenizer, output=output)
+    rows, shaping = both[: len(encoded)], both[len(encoded) :] if others else None
+    found, used = _answer(scan, rows, shaping, mixing)
     results = [
         Result(
             best.scores,
@@ -177,12 +175,10 @@ def attribute(
             rescored=best.rescored,
             bounds=best.bounds,
         )
-        for best, largest in zip(_run(scan, whitened, task_rows, used), directions, strict=True)
+        for best, largest in zip(found, directions, strict=True)
     ]
     if by_block or by_token:
-        results = [
-            with_terms(r, model, whitened, task_rows, by_block=by_block, by_token=by_token) for r in results
-        ]
+        results = [with_terms(r, model, rows, shaping, by_block=by_block, by_token=by_token) for r in results]
     return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
 
 
@@ -224,26 +220,19 @@ def _plan(
     )
 
 
-def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
-    """Rows (Q, L, d) float32 of queries as the store keeps its own, whitened by R_train."""
+def _answer(
+    scan: Scan, rows: torch.Tensor, task: torch.Tensor | None, mixing: str | float
+) -> tuple[list[Found], float]:
+    """What the scan finds in each direction for the queries' rows, with those of another task if given, and λ."""
+    curvature = scan.store.curvature
+    shaping = rows if task is None else task
+    used = choose_mixing(shaping, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+    rows = rows if task is None else torch.cat([rows, task])
+    others = None if task is None else range(len(rows) - len(task), len(rows))
     whitened = torch.empty_like(rows)
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
-        out.copy_(encode_rows(part, store.curvature.whitener, "float32")[0])
-    return whitened
-
-
-def _mixing(store: Store, rows: torch.Tensor, mixing: str | float) -> float:
-    """λ for the rows that make R_eval, not whitened."""
-    return choose_mixing(rows, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)
-
-
-def _run(scan: Scan, queries: torch.Tensor, task: torch.Tensor | None, mixing: float) -> list[Found]:
-    """What the scan finds for whitened queries, whose R_eval is that of the whitened task, if there is one."""
-    if task is None:
-        found = scan.run(queries, mixing)
-    else:
-        both = torch.cat([queries, task])
-        found = scan.run(both, mixing, range(len(queries), len(both)))
-    if mixing > 0 and len(queries if task is None else task) == 1:
+        out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
+    found = scan.run(whitened, used, others)
+    if used > 0 and len(shaping) == 1:
         console().print(ONE_QUERY, soft_wrap=True)
-    return found
+    return found, used

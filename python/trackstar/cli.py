@@ -89,7 +89,9 @@ def query(
     target: Annotated[
         str | None, typer.Option(help="What it said; give the space before it, if any.")
     ] = None,
-    queries: Annotated[Path | None, typer.Option(help='JSONL of {"prompt": …, "target": …}.')] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help='JSONL of {"prompt": …, "target": …} and the like.')
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Passages per query.")] = 10,
     mixing: Annotated[
         str, typer.Option(help='λ from 0 to below 1, or "auto" for the paper\'s rule.')
@@ -99,6 +101,12 @@ def query(
         typer.Option(help="JSONL of other queries that make R_eval, in place of those that are asked."),
     ] = None,
     opponents: Annotated[bool, typer.Option("--opponents", help="Also the lowest scores.")] = False,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Show the layer blocks that each score mostly comes from.")
+    ] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Show the passages' tokens that each score mostly comes from.")
+    ] = False,
     rows: Annotated[str | None, typer.Option(metavar="A:B", help="Look at rows A ≤ i < B alone.")] = None,
     ids: Annotated[Path | None, typer.Option(help="Look at the ids in this file alone, one a line.")] = None,
     where: Annotated[
@@ -156,12 +164,14 @@ def query(
         task=None if task is None else read_jsonl(task, "--task"),
         opponents=opponents,
         where=chosen,
+        by_block=blocks,
+        by_token=tokens,
         memory=limit,
         rescore=rescore,
     )
-    print_result(result)
+    print_result(result, tokenizer=tokenizer)
     if result.opponents is not None:
-        print_result(result.opponents)
+        print_result(result.opponents, tokenizer=tokenizer)
     if out is not None:
         result.to_jsonl(out)
         typer.echo(f"\nwritten: {out}")

@@ -45,13 +45,24 @@ class Encoded:
 class EncodedQuery(Encoded):
     """A query: the labels cover its target alone.
 
+    Of several targets, the tokens and labels are those of the first; :attr:`sequences` has all.
+
     Attributes:
         prompt: what the model was given.
-        target: what it said.
+        target: what it said, as shown to people.
+        alternatives: other targets that count as said just as well.
+        rather_than: targets that were not said, with which those are compared.
     """
 
     prompt: str = ""
     target: str = ""
+    alternatives: tuple[Encoded, ...] = ()
+    rather_than: tuple[Encoded, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[Encoded, ...]:
+        """What the model reads: the target, the alternatives, and what was not said."""
+        return (self, *self.alternatives, *self.rather_than)
 
 
 def encode_examples(
@@ -99,50 +110,111 @@ def encode_examples(
 
 
 def encode_queries(queries: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[EncodedQuery]:
-    """Queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
+    """Queries: what the model said after a prompt, each with an optional "id".
 
-    The target is tokenized on its own and follows the prompt's tokens.
+    - {"prompt": …, "target": …}, or {"input_ids": …, "labels": …}.
+    - {"prompt": …, "targets": […]}: any of several targets.
+    - {"completions": [{"prompt": …, "target": …}, …]}: several prompts and targets that follow each other in one text;
+      the loss is of all targets.
+    - Each of these with "rather_than": a target, or a list of them, which the model did not say.
+
+    A target is tokenized on its own and follows the prompt's tokens. In the place of a string, any of several targets
+    and what was not said may be a query of their own, without the prompt.
 
     Raises:
-        ValueError: there are none, or one lacks a field, or its target has no token that the loss counts.
+        ValueError: there are none, or one lacks a field, or a target has no token that the loss counts.
         TypeError: one is not a mapping.
     """
     given = list(queries)
     if not given:
         raise ValueError("queries must hold at least one query, got none")
-    encoded = []
-    for i, query in enumerate(given):
-        if not isinstance(query, Mapping):
-            raise TypeError(f"queries[{i}] must be a mapping, got {type(query).__name__}")
-        if "input_ids" in query and "labels" in query:
-            tokens = _tokens(query["input_ids"])
-            labels = _labels(query["labels"], tokens, f"queries[{i}]")
-            counted = labels != IGNORED
-            prompt, target = ("", "")
-            if tokenizer is not None:
-                prompt = tokenizer.decode(tokens[~counted].tolist())
-                target = tokenizer.decode(tokens[counted].tolist())
-        elif isinstance(query.get("prompt"), str) and isinstance(query.get("target"), str):
-            if tokenizer is None:
-                raise ValueError("tokenizer must be given to read queries as text, got None")
-            prompt, target = query["prompt"], query["target"]
-            before = _tokens(tokenizer(prompt)["input_ids"])
-            after = _tokens(tokenizer(target, add_special_tokens=False)["input_ids"])
-            tokens = np.concatenate([before, after])
-            labels = np.concatenate([np.full_like(before, IGNORED), after])
-        else:
+    return [_encode_query(query, i, tokenizer) for i, query in enumerate(given)]
+
+
+def _encode_query(query: Mapping[str, Any], i: int, tokenizer: Any) -> EncodedQuery:
+    where = f"queries[{i}]"
+    if not isinstance(query, Mapping):
+        raise TypeError(f"{where} must be a mapping, got {type(query).__name__}")
+    name = str(query.get("id", i))
+    prompt = query.get("prompt")
+    if "targets" in query:
+        wanted = _several(query["targets"], f"{where}: targets")
+    else:
+        wanted = [query]
+    others = _several(query["rather_than"], f"{where}: rather_than") if "rather_than" in query else []
+    said, unsaid = (
+        [
+            _answer(t if isinstance(t, Mapping) else {"prompt": prompt, "target": t}, name, where, tokenizer)
+            for t in side
+        ]
+        for side in (wanted, others)
+    )
+    target = " | ".join(answer.target.strip() for answer in said) if len(said) > 1 else said[0].target
+    if unsaid:
+        target = f"{target}, rather than {' | '.join(answer.target.strip() for answer in unsaid)}"
+    return dataclasses.replace(
+        said[0],
+        text=said[0].prompt + "".join(answer.target for answer in said),
+        target=target,
+        alternatives=tuple(said[1:]),
+        rather_than=tuple(unsaid),
+    )
+
+
+def _several(targets: Any, where: str) -> list[Any]:
+    found = [targets] if isinstance(targets, str | Mapping) else targets
+    if not isinstance(found, list | tuple) or not found:
+        raise ValueError(f"{where} must be a target or a list of at least one, got {targets!r}")
+    return list(found)
+
+
+def _answer(given: Mapping[str, Any], name: str, where: str, tokenizer: Any) -> EncodedQuery:
+    """One sequence, with the loss of its target or targets."""
+    if "input_ids" in given and "labels" in given:
+        tokens = _tokens(given["input_ids"])
+        labels = _labels(given["labels"], tokens, where)
+        counted = labels != IGNORED
+        prompt, target = (
+            "" if tokenizer is None else tokenizer.decode(part.tolist())
+            for part in (tokens[~counted], tokens[counted])
+        )
+    else:
+        pairs = given.get("completions", [given])
+        texts = [] if not isinstance(pairs, list) else [_prompt_and_target(pair) for pair in pairs]
+        if not texts or None in texts:
             raise ValueError(
-                f'queries[{i}] must have "prompt" and "target" (strings), or "input_ids" and "labels"; '
-                f"got the fields {sorted(query)}"
+                f'{where} must have "prompt" and "target" (strings), or "input_ids" and "labels"; '
+                f"got the fields {sorted(given)}"
             )
-        if not (labels[1:] != IGNORED).any():
-            raise ValueError(
-                f"queries[{i}] must have a target of at least one token that follows another, got {target!r}"
-            )
-        text = prompt + target
-        name = str(query.get("id", i))
-        encoded.append(EncodedQuery(name, text, tokens, labels, prompt=prompt, target=target))
-    return encoded
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given to read queries as text, got None")
+        flat = [text for pair in texts for text in pair or ()]
+        parts = [_tokens(tokenizer(flat[0])["input_ids"])]
+        parts += [_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in flat[1:]]
+        tokens = np.concatenate(parts)
+        labels = np.concatenate(
+            [part if i % 2 else np.full_like(part, IGNORED) for i, part in enumerate(parts)]
+        )
+        prompt, target = "".join(flat[:-1]), flat[-1]
+    if not (labels[1:] != IGNORED).any():
+        raise ValueError(
+            f"{where} must have a target of at least one token that follows another, got {target!r}"
+        )
+    return EncodedQuery(name, prompt + target, tokens, labels, prompt=prompt, target=target)
+
+
+def _prompt_and_target(pair: Any) -> tuple[str, str] | None:
+    if not isinstance(pair, Mapping):
+        return None
+    prompt, target = pair.get("prompt"), pair.get("target")
+    return (prompt, target) if isinstance(prompt, str) and isinstance(target, str) else None
+
+
+def check_queries(queries: Sequence[EncodedQuery], vocabulary: int) -> None:
+    """Require every token id of the queries to be one of the model's: see :func:`check_vocabulary`."""
+    for i, query in enumerate(queries):
+        for sequence in query.sequences:
+            _check_ids(sequence, vocabulary, f"queries[{i}]")
 
 
 def encode_task(task: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[EncodedQuery]:
@@ -170,11 +242,15 @@ def check_vocabulary(encoded: Sequence[Encoded], vocabulary: int, name: str) -> 
         ValueError: an id is out of range, as with another model's tokenizer.
     """
     for i, example in enumerate(encoded):
-        if len(example) and not (example.tokens.min() >= 0 and example.tokens.max() < vocabulary):
-            raise ValueError(
-                f"{name}[{i}] must hold token ids from 0 to {vocabulary - 1} (the model's vocabulary), got "
-                f"{example.tokens.min()} to {example.tokens.max()}: is it another model's tokenizer?"
-            )
+        _check_ids(example, vocabulary, f"{name}[{i}]")
+
+
+def _check_ids(example: Encoded, vocabulary: int, name: str) -> None:
+    if len(example) and not (example.tokens.min() >= 0 and example.tokens.max() < vocabulary):
+        raise ValueError(
+            f"{name} must hold token ids from 0 to {vocabulary - 1} (the model's vocabulary), got "
+            f"{example.tokens.min()} to {example.tokens.max()}: is it another model's tokenizer?"
+        )
 
 
 def length_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:

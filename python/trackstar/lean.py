@@ -192,6 +192,20 @@ class LeanPass:
             by_output[batch.predicting] = self._through_head(chosen, batch.labels, loss)
         output.backward(by_output.view_as(output))
 
+    def values(self, batch: Batch, of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """A value of each prediction that counts, (n,), in the batch's order: one forward pass.
+
+        Args:
+            batch: from :meth:`arrange`.
+            of: (logits (m, V) float32, labels (m,)) to the values (m,) of m predictions.
+        """
+        with torch.no_grad():
+            output = self._forward(batch.tokens, batch.positions, batch.lengths)
+            chosen = output.flatten(0, -2)[batch.predicting]
+            parts = zip(chosen.split(CHUNK_TOKENS), batch.labels.split(CHUNK_TOKENS), strict=True)
+            head = self.model.get_output_embeddings() if self._decoder is not None else nn.Identity()
+            return torch.cat([of(head(part).float(), labels) for part, labels in parts])
+
     def _forward(
         self, tokens: torch.Tensor, positions: torch.Tensor | None, lengths: Sequence[int]
     ) -> torch.Tensor:

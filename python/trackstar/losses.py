@@ -34,6 +34,25 @@ def logit(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 LOSSES: dict[str, Loss] = {"loss": nll, "margin": margin, "logit": logit}
 
 
+def nll_values(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−log p(label) of each prediction."""
+    return logits.logsumexp(1) + logit_values(logits, labels)
+
+
+def margin_values(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−log(p / (1 − p)) of each prediction, p = p(label)."""
+    return logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1) + logit_values(logits, labels)
+
+
+def logit_values(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−logit(label) of each prediction."""
+    return -logits.gather(1, labels[:, None])[:, 0]
+
+
+VALUES: dict[str, Loss] = {"loss": nll_values, "margin": margin_values, "logit": logit_values}
+"""The output functions themselves: (logits (n, V), labels (n,)) to the value (n,) at each of the n predictions."""
+
+
 def output_function(name: str) -> Loss:
     """The output function of this name.
 

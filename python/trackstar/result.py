@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from trackstar.examples import Encoded, EncodedQuery
@@ -20,6 +21,9 @@ class Corpus(Protocol):
 
     def id(self, index: int) -> str:
         """The id of example ``index``: its own, or its position in the corpus."""
+
+    def tokens(self, index: int) -> np.ndarray:
+        """The token ids (T,) int32 of example ``index``."""
 
 
 class Examples:
@@ -35,6 +39,10 @@ class Examples:
     def id(self, index: int) -> str:
         """The id of example ``index``: its own, or its position in the corpus."""
         return self.encoded[index].id
+
+    def tokens(self, index: int) -> np.ndarray:
+        """The token ids (T,) int32 of example ``index``."""
+        return self.encoded[index].tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from trackstar.sketching import Sketch
 from trackstar.store import Store
 from trackstar.tap import GradientTap
 from trackstar.weights import Use
+from trackstar_kernels import encode_rows
 
 ROW_BYTES = 1 << 28
 """Of the examples' rows that are in memory at a time."""
@@ -47,7 +48,7 @@ class Terms:
 def with_terms(
     result: Result,
     model: nn.Module,
-    queries: torch.Tensor,
+    rows: torch.Tensor,
     task: torch.Tensor | None = None,
     *,
     by_block: bool,
@@ -58,8 +59,8 @@ def with_terms(
     Args:
         result: of a store.
         model: the model that the store was built with.
-        queries: whitened rows of those that were asked, (Q, L, d) float32.
-        task: whitened rows of the queries that make R_eval, where these are others.
+        rows: of the queries that were asked, (Q, L, d) float32, not whitened.
+        task: rows of the queries that make R_eval, where these are others, not whitened.
         by_block: fill in ``blocks`` and ``by_block``.
         by_token: fill in ``by_token``; runs the model over the examples found.
 
@@ -70,7 +71,10 @@ def with_terms(
     store, mixing = result.corpus, result.mixing
     if not isinstance(store, Store) or mixing is None:
         raise TypeError("result must be of a scan of a store")
-    terms = block_terms(store, queries, mixing, result.indices, task)
+    whitener = store.curvature.whitener
+    queries, _, _ = encode_rows(rows, whitener, "float32")
+    others = None if task is None else encode_rows(task, whitener, "float32")[0]
+    terms = block_terms(store, queries, mixing, result.indices, others)
     if by_block:
         names = store.spec.block_names(model)
         result = dataclasses.replace(result, blocks=names, by_block=terms.by_block.float())

@@ -34,6 +34,10 @@ class Passages:
         """The id of passage ``index``."""
         return self._passages[index][0]
 
+    def tokens(self, index: int) -> np.ndarray:
+        """None: (0,) int32. The format has texts alone."""
+        return np.zeros(0, np.int32)
+
     def add(self, name: str, text: str) -> int:
         """The passage's index."""
         index = self._positions.setdefault((name, text), len(self._passages))

@@ -16,8 +16,15 @@ from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.plan import plan_influence
 from trackstar.ekfac.prefilter import candidates_of
 from trackstar.ekfac.scoring import scores_of, terms_of, thin_queries, whole_query
-from trackstar.examples import Encoded, EncodedQuery, check_vocabulary, encode_examples, encode_queries
-from trackstar.losses import Loss, output_function
+from trackstar.examples import (
+    Encoded,
+    EncodedQuery,
+    check_queries,
+    check_vocabulary,
+    encode_examples,
+    encode_queries,
+)
+from trackstar.losses import output_function
 from trackstar.passes import WINDOW, check_model, position_limit, vocabulary_size
 from trackstar.progress import console, track
 from trackstar.result import Examples, Result
@@ -66,7 +73,7 @@ def influence(
         model: the model that the factors are of.
         examples: the training examples, {"text": …} or {"input_ids": …, "labels": … (optional)}, each with an optional
             "id"; they need not be those that the factors were fitted on.
-        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id".
+        queries: as :func:`trackstar.examples.encode_queries` takes them.
         tokenizer: the model's, for texts.
         k: examples per query.
         rank: of the thin matrices, in each module.
@@ -89,7 +96,7 @@ def influence(
     """
     corpus = encode_examples(examples, tokenizer, position_limit(model))
     asked = encode_queries(queries, tokenizer)
-    loss = output_function(output)
+    output_function(output)
     _require_count("candidates", len(corpus) if candidates is None else candidates)
     scored = len(corpus) if candidates is None else min(candidates, len(corpus))
     _require_count("k", k, scored)
@@ -97,14 +104,14 @@ def influence(
         _require_count(name, count)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
         raise ValueError(f"damping must be a number above 0, got {damping!r}")
-    for name, encoded in (("examples", corpus), ("queries", asked)):
-        check_vocabulary(encoded, vocabulary_size(model), name)
+    check_vocabulary(corpus, vocabulary_size(model), "examples")
+    check_queries(asked, vocabulary_size(model))
     check_model(model)
     fingerprint.require_same(model, tokenizer, factors)
     chosen = None if scored == len(corpus) else candidates_of(asked, corpus, scored)
     capture = TokenCapture(model, list(factors.shapes), biases=factors.biases)
     inverse = DampedInverse(factors, damping, next(model.parameters()).device)
-    job = _Job(capture, inverse, corpus, asked, chosen, loss, largest)
+    job = _Job(capture, inverse, corpus, asked, chosen, output, largest)
     rescored = min(max(rescored, k), scored)
     passes = job.passes(rank, memory)
     plan = plan_influence(
@@ -126,7 +133,7 @@ class _Job:
         corpus: the training examples.
         queries: what was asked.
         chosen: the positions, ascending, of each query's candidates; None where every example is one.
-        loss: what a query's gradient is of.
+        output: name of what a query's gradient is of.
         largest: whether larger scores are better.
     """
 
@@ -135,7 +142,7 @@ class _Job:
     corpus: Sequence[Encoded]
     queries: Sequence[EncodedQuery]
     chosen: Sequence[np.ndarray] | None
-    loss: Loss
+    output: str
     largest: bool
 
     def passes(self, rank: int, memory: int) -> list[tuple[range, np.ndarray]]:
@@ -158,7 +165,7 @@ class _Job:
         with track("scoring", sum(len(needed) for _, needed in passes)) as advance:
             for group, needed in passes:
                 thin = thin_queries(
-                    self.capture, [self.queries[q] for q in group], self.inverse, rank, self.loss
+                    self.capture, [self.queries[q] for q in group], self.inverse, rank, self.output
                 )
                 parts: list[tuple[torch.Tensor, torch.Tensor]] = []
                 for start in range(0, len(needed), WINDOW):
@@ -177,7 +184,7 @@ class _Job:
         scores, indices, by_module, by_token = [], [], [], []
         with track("scoring anew", shortlist.numel()) as advance:
             for query, positions in zip(self.queries, shortlist, strict=True):
-                whole = whole_query(self.capture, query, self.inverse, self.loss)
+                whole = whole_query(self.capture, query, self.inverse, self.output)
                 terms = terms_of(self.capture, [self.corpus[i] for i in positions.tolist()], whole, advance)
                 best, found = merge_topk([(terms.scores[None], positions[None])], k, self.largest)
                 places = [positions.tolist().index(i) for i in found[0].tolist()]

@@ -7,9 +7,10 @@ import torch
 
 from trackstar.ekfac.capture import OnTokens, TokenBatch, TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
-from trackstar.examples import Encoded
-from trackstar.losses import Loss
+from trackstar.examples import Encoded, EncodedQuery
+from trackstar.losses import output_function
 from trackstar.passes import has_loss
+from trackstar.queries import sequence_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,37 +45,58 @@ class Terms:
 
 
 def thin_queries(
-    capture: TokenCapture, queries: Sequence[Encoded], inverse: DampedInverse, rank: int, loss: Loss
+    capture: TokenCapture, queries: Sequence[EncodedQuery], inverse: DampedInverse, rank: int, output: str
 ) -> ThinQueries:
     """(G + λI)⁻¹ ∇f of each query, of rank at most ``rank`` in each module."""
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(name: str, x: torch.Tensor, delta: torch.Tensor, batch: TokenBatch) -> None:
+    def add(name: str, x: torch.Tensor, delta: torch.Tensor, query: int) -> None:
         if name not in factors:
             width = min(rank, *capture.shapes[name])
             left, right = (x.new_empty(size, len(queries), width) for size in capture.shapes[name])
             factors[name] = left, right
         left, right = factors[name]
-        for q, a, d in zip(batch.members, x.split(batch.tokens), delta.split(batch.tokens), strict=True):
-            left[:, q], right[:, q] = inverse.thin(name, a, d, rank)
+        left[:, query], right[:, query] = inverse.thin(name, x, delta, rank)
 
-    for _ in capture.run(queries, add, loss=loss):
+    single = [q for q, query in enumerate(queries) if len(query.sequences) == 1]
+
+    def add_singles(name: str, x: torch.Tensor, delta: torch.Tensor, batch: TokenBatch) -> None:
+        for i, a, d in zip(batch.members, x.split(batch.tokens), delta.split(batch.tokens), strict=True):
+            add(name, a, d, single[i])
+
+    for _ in capture.run([queries[q] for q in single], add_singles, loss=output_function(output)):
         pass
+    for q in set(range(len(queries))).difference(single):
+        for name, (x, delta) in _weighted_tokens(capture, queries[q], output).items():
+            add(name, x, delta, q)
     return ThinQueries(len(queries), factors)
 
 
 def whole_query(
-    capture: TokenCapture, query: Encoded, inverse: DampedInverse, loss: Loss
+    capture: TokenCapture, query: EncodedQuery, inverse: DampedInverse, output: str
 ) -> dict[str, torch.Tensor]:
     """(G + λI)⁻¹ ∇f of one query: {module: (O, I)}."""
-    found = {}
+    tokens = _weighted_tokens(capture, query, output)
+    return {name: inverse.whole(name, x, delta) for name, (x, delta) in tokens.items()}
+
+
+def _weighted_tokens(
+    capture: TokenCapture, query: EncodedQuery, output: str
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{module: x (n, I), δ (n, O)} of all of a query's sequences, with each one's weight in δ: Σ_t δ_t x_tᵀ = ∇f."""
+    (weights,) = sequence_weights(capture.lean, [query], output)
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in capture.shapes}
 
     def add(name: str, x: torch.Tensor, delta: torch.Tensor, batch: TokenBatch) -> None:
-        found[name] = inverse.whole(name, x, delta)
+        of_tokens = weights[batch.members].repeat_interleave(torch.tensor(batch.tokens))
+        parts[name].append((x, delta * of_tokens[:, None].to(delta)))
 
-    for _ in capture.run([query], add, loss=loss):
+    for _ in capture.run(query.sequences, add, loss=output_function(output)):
         pass
-    return found
+    return {
+        name: (torch.cat([x for x, _ in all_]), torch.cat([d for _, d in all_]))
+        for name, all_ in parts.items()
+    }
 
 
 def scores_of(
