@@ -30,6 +30,7 @@ class Size:
         learning_rate: of AdamW.
         sweeps: whether settings are swept that need rows of their own.
         ranks: of the optimizer correction that are compared with none and the exact one.
+        checkpoints: epochs whose models are compared; 0 is the model before training.
         ekfac: name patterns of the modules that EK-FAC is fitted on.
         queries: that are asked, at most.
     """
@@ -41,18 +42,19 @@ class Size:
     learning_rate: float
     sweeps: bool
     ranks: tuple[int, ...]
+    checkpoints: tuple[int, ...]
     ekfac: tuple[str, ...]
     queries: int
 
 
 SIZES = {
     "small": Size(
-        320, 8, 3, 8, 1e-4, False, (), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 60
+        320, 8, 3, 8, 1e-4, False, (), (), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 60
     ),
     "medium": Size(
-        640, 16, 2, 8, 1e-4, True, (4,), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 120
+        640, 16, 2, 8, 1e-4, True, (4,), (0, 2), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 120
     ),
-    "full": Size(4000, 60, 3, 16, 1e-4, True, (1, 2, 4, 8), ("*mlp*",), 500),
+    "full": Size(4000, 60, 3, 16, 1e-4, True, (1, 2, 4, 8), (0, 1, 2, 3), ("*mlp*",), 500),
 }
 """small: minutes on two cores. medium: the figures of docs/evidence.md. full: a night."""
 

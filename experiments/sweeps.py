@@ -138,7 +138,7 @@ def equal_size(rows: Rows) -> Iterator[Setting]:
 
 def checkpoint(rows: Rows) -> Iterator[Setting]:
     """The model along the fine-tuning, with the last epoch's second moments throughout."""
-    for epoch in range(rows.here.size.epochs + 1):
+    for epoch in rows.here.size.checkpoints:
         yield f"epoch {epoch}", *rows.of_store(epoch=epoch)[1:]
 
 

@@ -11,6 +11,9 @@ from conftest import make_llama
 from test_optimizer_states import a_safetensors_file, a_sharded_state, a_trainer_folder, adam
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trackstar.cli import app, main
+from trackstar.cli_options import MethodName, Output
+from trackstar.losses import LOSSES
+from trackstar.methods import METHODS, READERS
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -192,6 +195,54 @@ def test_a_wider_copy_is_said_to_have_been_used(folder, store, monkeypatch, caps
     assert code == 0
     assert re.search(r", scores ± [012]\.\d+ at most\)", out)
     assert "rescored" not in out
+
+
+def test_every_method_by_name(folder, store, monkeypatch, capsys, tmp_path):
+    """On a corrected store; the companions that some of them need are built beside it, once."""
+    from test_methods import save_encoder
+    from trackstar.ekfac import fit_factors
+
+    shutil.copytree(store, tmp_path / "s")
+    save_encoder(tmp_path / "encoder")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    data = [json.loads(line) for line in (folder / "data.jsonl").read_text().split("\n") if line]
+    fit_factors(tmp_path / "factors", model, data, tokenizer=tokenizer)
+    question = (
+        "--prompt",
+        "the capital of Peru is",
+        "--target",
+        " Lima",
+        "--out",
+        tmp_path / "o.jsonl",
+        "-k",
+        "3",
+    )
+    options = {"dense": ("--encoder", tmp_path / "encoder"), "ekfac": ("--factors", tmp_path / "factors")}
+    built = []
+    for method in METHODS:
+        needed = () if method in READERS else ("--model", folder / "model")
+        asked = ("query", tmp_path / "s", "--method", method, *needed, *options.get(method, ()), *question)
+        code, out, err = call_main(monkeypatch, capsys, *asked)
+        assert code == 0, err
+        assert "proponents" in out
+        assert (f"({method}, " in out) == (method != "trackstar")
+        line = json.loads((tmp_path / "o.jsonl").read_text())
+        assert line["proponent_ids"][0].startswith("fact-")
+        if "once" in err:
+            built.append(method)
+    assert built == ["dot", "trak"]
+    assert {path.name for path in tmp_path.glob("s*")} == {"s", "s.uncorrected", "s.margin"}
+    another = f"{tmp_path / 's.uncorrected'}:{folder / 'model'}:0.5"
+    tracin = ("query", tmp_path / "s", "--method", "tracin", "--model", folder / "model", "--rate", "0.25")
+    before = json.loads((tmp_path / "o.jsonl").read_text())["proponent_scores"]
+    call_main(monkeypatch, capsys, *tracin[:-2], *question)
+    alone = json.loads((tmp_path / "o.jsonl").read_text())["proponent_scores"]
+    code, _, err = call_main(monkeypatch, capsys, *tracin, "--checkpoint", another, *question)
+    assert code == 0, err
+    both = json.loads((tmp_path / "o.jsonl").read_text())["proponent_scores"]
+    assert both == pytest.approx([0.75 * score for score in alone], rel=1e-5)
+    assert alone != before
 
 
 def test_info_and_verify(store, monkeypatch, capsys):
@@ -451,6 +502,23 @@ def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message)
         ["reencode", "S", "--out", "T"],
         ["query", "S", "--model", "M"],
         ["query", "S", "--model", "M", "--prompt", "a"],
+        ["query", "S", "--prompt", "a", "--target", "b"],
+        ["query", "S", "--method", "best", "--model", "M", "--prompt", "a", "--target", "b"],
+        ["query", "S", "--rate", "0.1", "--model", "M", "--prompt", "a", "--target", "b"],
+        [
+            "query",
+            "S",
+            "--method",
+            "tracin",
+            "--checkpoint",
+            "A:B",
+            "--model",
+            "M",
+            "--prompt",
+            "a",
+            "--target",
+            "b",
+        ],
         ["query", "S", "--model", "M", "--prompt", "a", "--target", "b", "--mixing", "much"],
         ["plan", "--model", "M", "--examples", "many"],
         ["plan", "--model", "M", "--examples", "5", "--data", "D"],
@@ -465,6 +533,11 @@ def test_bad_data_files(folder, monkeypatch, capsys, tmp_path, content, message)
 )
 def test_bad_usage_exits_with_two(monkeypatch, capsys, arguments):
     assert call_main(monkeypatch, capsys, *arguments)[0] == 2
+
+
+def test_names_that_help_lists_are_those_there_are():
+    assert {name.value for name in MethodName} == set(METHODS)
+    assert [name.value for name in Output] == list(LOSSES)
 
 
 def test_help_lists_the_commands():

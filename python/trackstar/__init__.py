@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from trackstar.bergson import import_bergson as import_bergson
     from trackstar.bergson import rows_from_bergson as rows_from_bergson
     from trackstar.build import build_store as build_store
+    from trackstar.checkpoints import tracin as tracin
     from trackstar.collector import GradientCollector as GradientCollector
+    from trackstar.companion import companion_store as companion_store
     from trackstar.correction import Correction as Correction
     from trackstar.deletion import delete_rows as delete_rows
     from trackstar.errors import StoreError as StoreError
@@ -53,6 +55,7 @@ _HOMES = {
     "attribute": "attribution",
     "build_store": "build",
     "collect_rows": "passes",
+    "companion_store": "companion",
     "delete_rows": "deletion",
     "export_rows": "export",
     "import_bergson": "bergson",
@@ -65,6 +68,7 @@ _HOMES = {
     "rewhiten_store": "rewriting",
     "rows_from_bergson": "bergson",
     "tail_patch": "patching",
+    "tracin": "checkpoints",
     "verify_store": "verify",
 }
 

@@ -16,6 +16,7 @@ from trackstar.errors import StoreError
 from trackstar.examples import Encoded, check_vocabulary, encode_examples
 from trackstar.index import without_unfinished
 from trackstar.lean import LeanPass
+from trackstar.losses import output_function
 from trackstar.manifest import Manifest
 from trackstar.passes import check_model, position_limit, rows_of, vocabulary_size
 from trackstar.progress import console
@@ -77,13 +78,14 @@ def append_store(
             writer.commit(manifest)
             collector = GradientCollector(model, store.spec, store.correction)
             lean = LeanPass(model, collector.modules.values())
+            loss = output_function(store.output)
             commit_rows(
                 writer,
                 encoded,
                 first,
                 store.identity["shard_rows"],
                 lambda _, start, stop, advance: rows_of(
-                    lean, encoded[start:stop], collector, on_batch=advance
+                    lean, encoded[start:stop], collector, loss=loss, on_batch=advance
                 ),
             )
     return open_store(path)

@@ -1,6 +1,7 @@
-"""Asking a store which training examples made a model say this."""
+"""Asking a store which training examples made a model say this, by any method."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,20 +9,26 @@ import torch
 from torch import nn
 
 from trackstar import fingerprint
+from trackstar.baselines import Encoder, bm25_scores, chosen_texts, read_queries
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
 from trackstar.examples import EncodedQuery, check_queries, encode_queries, encode_task
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
+from trackstar.methods import GRADIENTS, READERS, Gradients, require_method, require_rows
 from trackstar.passes import check_model, vocabulary_size
+from trackstar.probability import stored_probabilities
+from trackstar.products import Weigh, by_unwhitened_norm, by_weight, unwhitening_queries
 from trackstar.progress import console
 from trackstar.queries import rows_of_queries
-from trackstar.result import Result
+from trackstar.result import Result, joined
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
-from trackstar.selection import Where, select
+from trackstar.selection import Where, select, select_at_least
 from trackstar.store import Store
+from trackstar.stored_examples import stored_parts
 from trackstar.terms import with_terms
 from trackstar_kernels import encode_rows
+from trackstar_kernels.scoring import merge_topk
 
 ONE_QUERY = (
     "R_eval of one query has rank 1 in each block, so that it moves scores and hardly their order: ask several queries "
@@ -38,15 +45,18 @@ def query_rows(
     queries: Sequence[EncodedQuery],
     *,
     tokenizer: Any = None,
-    output: str = "loss",
+    output: str | None = None,
 ) -> torch.Tensor:
     """Rows (Q, L, d) float32 of the queries, projected and corrected as the store's are, not whitened.
+
+    They are gradients of ``output``, or, with None, of what the store's rows are gradients of.
 
     Raises:
         StoreError: the store was built with another model or tokenizer.
         ValueError: a query does not fit the model, or ``output`` is unknown.
         FloatingPointError: a query's gradient is NaN or Inf.
     """
+    output = store.output if output is None else output
     output_function(output)
     check_queries(queries, vocabulary_size(model))
     check_model(model)
@@ -69,7 +79,7 @@ def score_rows(
     device: str | torch.device = "cpu",
     rescore: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Scan the store for the k best examples of each query, given the queries' rows.
+    """Scan the store for the k best examples of each query by TrackStar, given the queries' rows.
 
     Args:
         store: a complete store.
@@ -91,44 +101,51 @@ def score_rows(
         StoreError: the store is incomplete or damaged.
     """
     count = 0 if task is None else len(task)
-    scan = _plan(store, len(rows), count, k, mixing, (largest,), where, memory, device, rescore)
-    (found,), used = _answer(scan, rows, task, mixing)
+    method = GRADIENTS["trackstar"]
+    scan = _plan(store, method, len(rows), count, k, mixing, (largest,), where, memory, device, rescore)
+    (found,), used = _mixed(scan, rows, task, mixing)
     return found.scores, found.indices, used
 
 
 def attribute(
     store: Store,
-    model: nn.Module,
+    model: nn.Module | None,
     queries: Iterable[Mapping[str, Any]],
     *,
     tokenizer: Any = None,
+    method: str = "trackstar",
     k: int = 10,
     mixing: str | float = "auto",
     task: Iterable[Mapping[str, Any]] | None = None,
     largest: bool = True,
     opponents: bool = False,
     where: Where = None,
-    output: str = "loss",
+    output: str | None = None,
     by_block: bool = False,
     by_token: bool = False,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
     rescore: bool = True,
+    factors: str | os.PathLike[str] | None = None,
+    encoder: str | os.PathLike[str] | None = None,
 ) -> Result:
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
-    I(m, q) = Ḡ(m)·Ḡ(q), the cosine of whitened, corrected, projected gradients, with the mixed curvature
-    R = λ R_eval + (1 − λ) R_train and R_eval from these very queries, or from those of ``task``: one scan of the
-    store, exact for any λ. An example or query without any gradient scores 0.
+    By TrackStar, I(m, q) = Ḡ(m)·Ḡ(q), the cosine of whitened, corrected, projected gradients, with the mixed
+    curvature R = λ R_eval + (1 − λ) R_train and R_eval from these very queries, or from those of ``task``: one scan
+    of the store, exact for any λ. An example or query without any gradient scores 0. docs/methods.md has the other
+    methods' formulas.
 
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
-        model: the model that the store was built with.
+        model: the model that the store was built with; None where the method is "bm25" or "dense".
         queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}, each with an optional "id"; or with
             several targets, or one rather than another, see :func:`trackstar.examples.encode_queries`.
         tokenizer: the model's, for queries given as text.
+        method: a name in :data:`trackstar.methods.METHODS`. Some need other rows than a store may hold
+            (:func:`companion_store` builds a store of them), and "trak" a pass over the store's examples, once.
         k: examples per query.
-        mixing: λ in [0, 1), or "auto" for the paper's rule.
+        mixing: λ in [0, 1), or "auto" for the paper's rule; "trackstar" alone mixes.
         task: other queries, at least two, that make R_eval in place of those that are asked; with λ = 0 nothing does.
         largest: False for the opponents, the k lowest scores.
         opponents: find the lowest scores in the same scan, as ``result.opponents``.
@@ -136,8 +153,8 @@ def attribute(
             example (its ``index``, ``id``, ``text`` and ``metadata``) that says whether to keep it. Nothing is
             rewritten, and shards without such a row are not read. None looks at all.
         output: what a query's row is the gradient of: "loss" (the target's negative log-likelihood), "margin" or
-            "logit".
-        by_block: fill in ``result.by_block``: each layer block's term of every score.
+            "logit"; None for what the store's rows are gradients of.
+        by_block: fill in ``result.by_block``: each layer block's term of every score, of cosines of whitened rows.
         by_token: fill in ``result.by_token``: each training token's term of every score. The model runs over the
             examples found.
         memory: bytes that the scan takes at most beyond the queries' rows (4·Q·L·d bytes), mapped pages included,
@@ -148,29 +165,67 @@ def attribute(
         rescore: where int8, int4 or sign rows have a wider copy beside them, answer as that does, exactly, and count
             in ``result.rescored`` the rows that it took. False leaves the copy alone; then, and where there is none,
             ``result.bounds`` says how far narrow rows' scores may be off.
+        factors: folder of EK-FAC's factors, for "ekfac".
+        encoder: folder of a sentence-transformers model, for "dense".
 
     Raises:
         TypeError: ``where`` is nothing of that kind.
-        ValueError: an argument is not usable.
+        ValueError: an argument is not usable, or the store does not hold the rows that the method scores.
         StoreError: the store is incomplete, damaged, or of another model or tokenizer.
         FloatingPointError: a query's gradient is NaN or Inf.
+        ImportError: "bm25" without bm25s.
 
     Source: TrackStar, arXiv 2410.17413, sections 3 and 4.
     """
-    encoded = encode_queries(queries, tokenizer)
-    others = [] if task is None else encode_task(task, tokenizer)
+    require_method(method)
+    for name, value, user in (("factors", factors, "ekfac"), ("encoder", encoder, "dense")):
+        if (value is not None) != (method == user):
+            wanted = f"given with method {user}" if method == user else f"None with method {method}"
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    if method != "trackstar" and (mixing != "auto" or task is not None):
+        raise ValueError(
+            f'mixing must be "auto" and task None with method {method}, which mixes nothing, got {mixing!r} and '
+            f"{'None' if task is None else 'a task'}"
+        )
+    given = list(queries)
+    encoded = (read_queries if method in READERS else encode_queries)(given, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), len(others), k, mixing, directions, where, memory, device, rescore)
+    if method in READERS:
+        return _by_texts(store, encoded, method, k, directions, where, encoder)
+    if model is None:
+        raise ValueError(f"model must be given with method {method}, got None")
+    if factors is not None:
+        return _influence(store, model, given, tokenizer, k, directions, where, output, factors)
+    kind = GRADIENTS[method]
+    require_rows(method, store)
+    if (by_block or by_token) and not (kind.whitened and kind.unit_norm):
+        raise ValueError(
+            f"by_block and by_token must be False with method {method}: its scores are no such cosines"
+        )
+    others = [] if task is None else encode_task(task, tokenizer)
+    scan = _plan(
+        store, kind, len(encoded), len(others), k, mixing, directions, where, memory, device, rescore
+    )
     rows = query_rows(store, model, [*encoded, *others], tokenizer=tokenizer, output=output)
     asked = rows[: len(encoded)]
     shaping = rows[len(encoded) :] if others else None
-    found, used = _answer(scan, asked, shaping, mixing)
+    used = 0.0
+    if kind.whitened and kind.unit_norm:
+        found, used = _mixed(scan, asked, shaping, mixing if kind.mixed else 0.0)
+    else:
+        compared = (
+            whiten(store, asked)
+            if kind.whitened
+            else unwhitening_queries(asked, store.curvature, unit_norm=kind.unit_norm)
+        )
+        found = scan.products(compared, _weigh(kind, store, model, tokenizer, scan.device))
     results = [
         Result(
             best.scores,
             best.indices,
             encoded,
             store,
+            method=method,
             mixing=used,
             largest=largest,
             rescored=best.rescored,
@@ -182,11 +237,67 @@ def attribute(
         results = [
             with_terms(r, model, asked, shaping, by_block=by_block, by_token=by_token) for r in results
         ]
-    return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
+    return joined(r if kind.mixed else dataclasses.replace(r, mixing=None) for r in results)
+
+
+def _by_texts(
+    store: Store,
+    queries: Sequence[EncodedQuery],
+    method: str,
+    k: int,
+    directions: Sequence[bool],
+    where: Where,
+    encoder: str | os.PathLike[str] | None,
+) -> Result:
+    """What a method finds that reads the store's texts."""
+    chosen = select_at_least(store, where, k)
+    # How rare a word is, the whole corpus says.
+    texts, positions = chosen_texts(store, select(store) if method == "bm25" else chosen)
+    asked = [query.text for query in queries]
+    scores = bm25_scores(asked, texts) if encoder is None else Encoder(encoder).scores(asked, texts)
+    kept = torch.isin(positions, chosen.rows)
+    parts = [(scores[:, kept], positions[kept].expand(len(asked), -1))]
+    return joined(
+        Result(*merge_topk(parts, k, largest), queries, store, method=method, largest=largest)
+        for largest in directions
+    )
+
+
+def _influence(
+    store: Store,
+    model: nn.Module,
+    queries: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    k: int,
+    directions: Sequence[bool],
+    where: Where,
+    output: str | None,
+    factors: str | os.PathLike[str],
+) -> Result:
+    """EK-FAC's influences of the store's examples: a run for each direction."""
+    from trackstar.ekfac import influence, open_factors
+
+    positions = select_at_least(store, where, k).rows
+    examples = [example for part in stored_parts(store) for example in part]
+    results = []
+    for largest in directions:
+        result = influence(
+            open_factors(factors),
+            model,
+            [examples[i] for i in positions.tolist()],
+            queries,
+            tokenizer=tokenizer,
+            k=k,
+            largest=largest,
+            output=output or "loss",
+        )
+        results.append(dataclasses.replace(result, indices=positions[result.indices], corpus=store))
+    return joined(results)
 
 
 def _plan(
     store: Store,
+    method: Gradients,
     queries: int,
     others: int,
     k: int,
@@ -198,14 +309,10 @@ def _plan(
     rescore: bool,
 ) -> Scan:
     """The scan that is asked for, if it can be run."""
-    store.require_complete()
     number = isinstance(mixing, int | float) and not isinstance(mixing, bool)
     if mixing != "auto" and not (number and 0 <= mixing < 1):  # type: ignore[operator]
         raise ValueError(f'mixing must be "auto" or a number with 0 ≤ mixing < 1, got {mixing!r}')
-    chosen = select(store, where)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(chosen):
-        limit = "the store's examples" if len(chosen) == len(store) else "the examples that where leaves"
-        raise ValueError(f"k must be an int from 1 to {len(chosen)} ({limit}), got {k!r}")
+    chosen = select_at_least(store, where, k)
     device = torch.device(device)
     if device.type != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where there is no CUDA device, got {device}")
@@ -214,8 +321,9 @@ def _plan(
         chosen,
         queries,
         k,
+        mixed=method.mixed and mixing != 0,
+        unwhitened_norms=method.unit_norm and not method.whitened,
         task=others,
-        mixed=mixing != 0,
         directions=directions,
         memory=memory,
         device=device,
@@ -223,16 +331,33 @@ def _plan(
     )
 
 
-def _answer(
+def _mixed(
     scan: Scan, rows: torch.Tensor, task: torch.Tensor | None, mixing: str | float
 ) -> tuple[list[Found], float]:
     """What the scan finds in each direction for the queries' rows, and λ; R_eval is the task's, if there is one."""
-    curvature, shaping = scan.store.curvature, rows if task is None else task
-    used = choose_mixing(shaping, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+    store, shaping = scan.store, rows if task is None else task
+    used = choose_mixing(shaping, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)
     if used > 0 and len(shaping) == 1:
         console().print(ONE_QUERY, soft_wrap=True)
-    given = rows if task is None else torch.cat([rows, task])
-    whitened = torch.empty_like(given)
-    for part, out in zip(given.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
-        out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
-    return scan.run(whitened, used, None if task is None else range(len(rows), len(given))), used
+    if task is None:
+        return scan.run(whiten(store, rows), used), used
+    both = whiten(store, torch.cat([rows, task]))
+    return scan.run(both, used, range(len(rows), len(both))), used
+
+
+def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (Q, L, d) float32 of queries as the store keeps its own, whitened by R_train."""
+    whitened = torch.empty_like(rows)
+    for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
+        out.copy_(encode_rows(part, store.curvature.whitener, "float32")[0])
+    return whitened
+
+
+def _weigh(
+    kind: Gradients, store: Store, model: nn.Module, tokenizer: Any, device: torch.device
+) -> Weigh | None:
+    """What a method weighs a store's rows by, besides their products with the queries."""
+    if kind.weighted:
+        # R is a mean, ΦᵀΦ/N, so that (ΦᵀΦ)⁻¹ is R⁻¹/N.
+        return by_weight((1 - stored_probabilities(store, model, tokenizer)) / len(store), device)
+    return by_unwhitened_norm(store.curvature, device) if kind.unit_norm else None

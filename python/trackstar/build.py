@@ -24,6 +24,7 @@ from trackstar.durable import remove_folder
 from trackstar.examples import Encoded, check_vocabulary, encode_examples
 from trackstar.layout import CODES, WIDE, Layout
 from trackstar.lean import LeanPass
+from trackstar.losses import Loss, output_function
 from trackstar.manifest import Manifest
 from trackstar.numerics import check_numerics
 from trackstar.passes import check_model, position_limit, rows_of, vocabulary_size
@@ -47,6 +48,7 @@ class _Build:
     lean: LeanPass
     examples: Sequence[Encoded]
     collector: GradientCollector
+    loss: Loss
     sample: int
     shard_rows: int
 
@@ -89,6 +91,7 @@ def build_store(
     tokenizer: Any = None,
     spec: SketchSpec | None = None,
     correction: Correction | None = None,
+    output: str = "loss",
     dtype: str = "float16",
     wide: str | None = None,
     curvature: Curvature | None = None,
@@ -109,6 +112,8 @@ def build_store(
         tokenizer: the model's, for examples given as text.
         spec: what to capture and how to sketch it; None is ``SketchSpec()``.
         correction: optimizer correction, kept in the store so that queries get the same; None for none.
+        output: what a row is the gradient of, summed over the example's tokens: "loss" (the negative
+            log-likelihood), "margin" or "logit".
         dtype: "float32", "float16", "int8", "int4" or "sign".
         wide: "float16" or "float32" keeps a wider copy of the rows beside int8, int4 or sign codes, from which the
             best are scored anew, so that answers are exactly those of the wider rows; None keeps the codes alone.
@@ -132,6 +137,7 @@ def build_store(
     for name, value in (("sample", sample), ("shard_rows", 1 if shard_rows is None else shard_rows)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    loss = output_function(output)
     spec = SketchSpec() if spec is None else spec
     encoded = encode_examples(examples, tokenizer, position_limit(model))
     check_vocabulary(encoded, vocabulary_size(model), "examples")
@@ -147,7 +153,7 @@ def build_store(
         shard_rows = Layout(dtype, wide, blocks, size).shard_rows
     lean = LeanPass(model, collector.modules.values())
     sample = 0 if curvature is not None else min(sample, len(encoded))
-    build = _Build(path, lean, encoded, collector, sample, shard_rows)
+    build = _Build(path, lean, encoded, collector, loss, sample, shard_rows)
     identity = {
         "spec": spec.as_dict(),
         "dtype": dtype,
@@ -160,7 +166,7 @@ def build_store(
         if curvature is None
         else {"given": fingerprint.of_curvature(curvature)},
         "shard_rows": shard_rows,
-    }
+    } | ({} if output == "loss" else {"output": output})
     begun = Manifest(identity, (blocks, size), (fingerprint.of_examples(encoded),), len(encoded))
     with making(path, begun, resume=resume) as writer:
         if writer.manifest.committed < len(encoded):
@@ -254,7 +260,7 @@ def _commit_curvature(build: _Build, writer: Writer, given: Curvature | None) ->
     with track(label, len(indices), done) as advance:
         for number, start, stop in waiting:
             examples = [build.examples[i] for i in indices[start:stop]]
-            rows = rows_of(build.lean, examples, build.collector, on_batch=advance)
+            rows = rows_of(build.lean, examples, build.collector, loss=build.loss, on_batch=advance)
             write_staged(build.staged(number), rows.numpy())
     moment = SecondMoment(*build.collector.row_shape)
     for number in range(len(chunks(build.sample, build.shard_rows))):
@@ -272,4 +278,5 @@ def _rows(build: _Build, number: int, start: int, stop: int, advance: Callable[[
     if not build.sampled and build.staged(number).is_dir():
         advance(stop - start)
         return torch.from_numpy(read_staged(build.staged(number)))
-    return rows_of(build.lean, build.examples[start:stop], build.collector, on_batch=advance)
+    examples = build.examples[start:stop]
+    return rows_of(build.lean, examples, build.collector, loss=build.loss, on_batch=advance)

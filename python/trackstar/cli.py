@@ -1,6 +1,7 @@
 """The command line. Heavy imports wait until a command needs them, so that help is instant."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,11 @@ from trackstar.cli_options import (
     Dtype,
     DtypeOption,
     KindOption,
+    MethodName,
     ModelOption,
     ModulesOption,
     OptimizerOption,
+    Output,
     SketchKind,
     SketchOption,
     StoreArgument,
@@ -26,9 +29,11 @@ from trackstar.cli_options import (
     load_model,
     make_spec,
     parse_bytes,
+    parse_checkpoint,
     parse_condition,
     parse_range,
     read_jsonl,
+    silence_transformers,
 )
 
 app = typer.Typer(
@@ -59,6 +64,7 @@ def build(
     also: AlsoOption = None,
     sample: Annotated[int, typer.Option(help="Examples that R_train is estimated from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the projections.")] = 0,
+    output: Annotated[Output, typer.Option(help="What a row is the gradient of.")] = Output.loss,
 ) -> None:
     """Encode a corpus into a store, once; every later query is one scan of it."""
     from trackstar.build import build_store
@@ -74,6 +80,7 @@ def build(
         tokenizer=tokenizer,
         spec=spec,
         correction=chosen,
+        output=output.value,
         dtype=dtype.value,
         wide=wide and wide.value,
         sample=sample,
@@ -84,7 +91,13 @@ def build(
 @app.command()
 def query(
     store: StoreArgument,
-    model: ModelOption,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the model that the store was built with; bm25 and dense need none."),
+    ] = None,
+    method: Annotated[
+        MethodName, typer.Option(help="What to score by: see docs/methods.md.")
+    ] = MethodName.trackstar,
     prompt: Annotated[str | None, typer.Option(help="What the model was given.")] = None,
     target: Annotated[
         str | None, typer.Option(help="What it said; give the space before it, if any.")
@@ -94,7 +107,7 @@ def query(
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Passages per query.")] = 10,
     mixing: Annotated[
-        str, typer.Option(help='λ from 0 to below 1, or "auto" for the paper\'s rule.')
+        str, typer.Option(help='λ of trackstar from 0 to below 1, or "auto" for the paper\'s rule.')
     ] = "auto",
     task: Annotated[
         Path | None,
@@ -123,11 +136,36 @@ def query(
             "--rescore/--no-rescore", help="Answer from the wider copy of narrow rows, where there is one."
         ),
     ] = True,
+    companion: Annotated[
+        Path | None,
+        typer.Option(
+            help="Store of the same examples with the rows that the method scores, where STORE's are others: "
+            "built if missing, and used from then on. Default: STORE.uncorrected, STORE.margin."
+        ),
+    ] = None,
+    factors: Annotated[Path | None, typer.Option(help="Folder of EK-FAC's factors, for ekfac.")] = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Folder of a sentence-transformers model, for dense.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Learning rate at STORE's checkpoint, for tracin.")] = 1.0,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STORE:MODEL:RATE",
+            help="Another checkpoint's store of the same examples, model and learning rate, for tracin; may be given "
+            "often.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the results as JSONL for the paper's viewer.")
     ] = None,
 ) -> None:
     """Show which passages most influenced the model's giving a target after a prompt."""
+    if model is None and method not in (MethodName.bm25, MethodName.dense):
+        raise typer.BadParameter(f"--model is needed with --method {method.value}")
+    if (rate != 1 or checkpoint) and method is not MethodName.tracin:
+        raise typer.BadParameter(f"--rate and --checkpoint are for --method tracin, not {method.value}")
+    others = [parse_checkpoint(text, "--checkpoint") for text in checkpoint or []]
     if (queries is None) == (prompt is None) or (prompt is None) != (target is None):
         raise typer.BadParameter("give --prompt and --target, or --queries")
     share: str | float = mixing
@@ -141,6 +179,8 @@ def query(
     conditions = [parse_condition(condition, "--where") for condition in where or []]
 
     from trackstar.attribution import attribute
+    from trackstar.checkpoints import tracin
+    from trackstar.companion import companion_store
     from trackstar.report import print_result
     from trackstar.selection import matching, select
     from trackstar.store import open_store
@@ -153,22 +193,46 @@ def query(
         *(matching(field, pattern) for field, pattern in conditions),
     )
     asked = [{"prompt": prompt, "target": target}] if queries is None else read_jsonl(queries, "--queries")
-    network, tokenizer = load_model(model)
-    result = attribute(
-        opened,
-        network,
-        asked,
-        tokenizer=tokenizer,
-        k=k,
-        mixing=share,
-        task=None if task is None else read_jsonl(task, "--task"),
-        opponents=opponents,
-        where=chosen,
-        by_block=blocks,
-        by_token=tokens,
-        memory=limit,
-        rescore=rescore,
-    )
+    if encoder is not None:
+        silence_transformers()
+    network, tokenizer = (None, None) if model is None else load_model(model)
+    if network is not None:
+        opened = companion_store(opened, network, method.value, tokenizer=tokenizer, path=companion)
+
+    def checkpoints() -> Iterator[tuple[Any, Any, float]]:
+        yield opened, network, rate
+        for store, model, its_rate in others:
+            another, _ = load_model(model)
+            yield (
+                companion_store(open_store(store), another, "tracin", tokenizer=tokenizer),
+                another,
+                its_rate,
+            )
+
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "k": k,
+        "opponents": opponents,
+        "where": chosen,
+        "memory": limit,
+    }
+    if method is MethodName.tracin:
+        result = tracin(checkpoints(), asked, **options)
+    else:
+        result = attribute(
+            opened,
+            network,
+            asked,
+            method=method.value,
+            mixing=share,
+            task=None if task is None else read_jsonl(task, "--task"),
+            factors=factors,
+            encoder=encoder,
+            by_block=blocks,
+            by_token=tokens,
+            rescore=rescore,
+            **options,
+        )
     print_result(result, tokenizer=tokenizer)
     if result.opponents is not None:
         print_result(result.opponents, tokenizer=tokenizer)

@@ -27,6 +27,31 @@ class Dtype(StrEnum):
     sign = "sign"
 
 
+class Output(StrEnum):
+    """What a row can be the gradient of."""
+
+    loss = "loss"
+    margin = "margin"
+    logit = "logit"
+
+
+class MethodName(StrEnum):
+    """Names of the methods, as in docs/methods.md."""
+
+    dot = "dot"
+    cosine = "cosine"
+    v_norm = "v-norm"
+    r_norm = "r-norm"
+    v_r_norm = "v-r-norm"
+    trackstar = "trackstar"
+    trak = "trak"
+    tracin = "tracin"
+    logra = "logra"
+    ekfac = "ekfac"
+    bm25 = "bm25"
+    dense = "dense"
+
+
 class SketchKind(StrEnum):
     """Kinds of random projections: see SketchSpec."""
 
@@ -133,16 +158,21 @@ def make_spec(
     )
 
 
+def silence_transformers() -> None:
+    """Have transformers say nothing, and show no bars, when it loads models."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def require_model(folder: Path) -> None:
     """Require a model's folder, and have transformers keep silent about it."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"--model must be a folder with a transformers model (config.json), got {folder}"
         )
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    silence_transformers()
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:
@@ -171,6 +201,18 @@ def parse_range(text: str | None, option: str) -> tuple[int, int | None]:
     if found is None:
         raise typer.BadParameter(f"{option} must be A:B, got {text!r}")
     return int(found[1] or 0), int(found[2]) if found[2] else None
+
+
+def parse_checkpoint(text: str, option: str) -> tuple[Path, Path, float]:
+    """(STORE, MODEL, RATE) of "STORE:MODEL:RATE"."""
+    store, first, rest = text.partition(":")
+    model, second, rate = rest.rpartition(":")
+    try:
+        if not (store and first and model and second):
+            raise ValueError
+        return Path(store), Path(model), float(rate)
+    except ValueError:
+        raise typer.BadParameter(f"{option} must be STORE:MODEL:RATE, got {text!r}") from None
 
 
 def parse_condition(text: str, option: str) -> tuple[str, str]:

@@ -66,7 +66,10 @@ def merge_stores(out: str | os.PathLike[str], paths: Sequence[str | os.PathLike[
 
 
 def _require_alike(first: Store, other: Store) -> None:
-    kept, found = ({field: store.identity[field] for field in SHARED} for store in (first, other))
+    kept, found = (
+        {field: store.identity[field] for field in SHARED} | {"output": store.output}
+        for store in (first, other)
+    )
     difference = first_difference(kept, found)
     if difference is not None:
         field, wanted, got = difference

@@ -13,6 +13,7 @@ from trackstar.durable import remove_folder, sync
 from trackstar.errors import StoreError
 from trackstar.examples import encode_examples
 from trackstar.lean import LeanPass
+from trackstar.losses import output_function
 from trackstar.passes import position_limit, rows_of
 from trackstar.progress import console
 from trackstar.sealed import SealedFolder
@@ -67,13 +68,13 @@ def repair_store(
             raise ValueError(f"examples must be the store's {store.end}, got {len(encoded)}")
         collector = GradientCollector(model, store.spec, store.correction)
         lean = LeanPass(model, collector.modules.values())
+        loss = output_function(store.output)
         for record in broken:
             members = encoded[record.start : record.stop]
-            rows = StoredRows.encode(
-                rows_of(lean, members, collector), store.curvature.whitener, store.layout
-            )
-            found = write_shard(path / SCRATCH, store.layout, record.start, rows, members)
-            if found != record:
+            found = rows_of(lean, members, collector, loss=loss)
+            rows = StoredRows.encode(found, store.curvature.whitener, store.layout)
+            rebuilt = write_shard(path / SCRATCH, store.layout, record.start, rows, members)
+            if rebuilt != record:
                 remove_folder(path / SCRATCH)
                 raise StoreError(
                     f"{path}: {record.path} cannot be rebuilt: what comes of these examples here has other bytes "

@@ -56,11 +56,14 @@ def print_result(result: Result, console: Console | None = None, *, tokenizer: A
         table.add_column("passage", overflow="fold")
         words = query_words(query.prompt + " " + query.target)
         scores, indices = result.scores[i].tolist(), result.indices[i].tolist()
+        largest = max(map(abs, scores))
+        # Cosines and sums of terms; what is far from 1 would be all zeros, or all digits.
+        style = "+.4f" if largest == 0 or 1e-3 <= largest < 1e5 else "+.3e"
         for rank, (score, index) in enumerate(zip(scores, indices, strict=True), start=1):
             passage = mark(shorten(result.corpus.text(index)), words, plain=not console.is_terminal)
             for line in _terms(result, i, rank - 1, tokenizer):
                 passage.append("\n" + line, style="dim")
-            table.add_row(str(rank), f"{score:+.4f}", passage)
+            table.add_row(str(rank), format(score, style), passage)
         console.print(table)
 
 

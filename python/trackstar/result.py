@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -124,3 +124,9 @@ class Result:
             f"{name}_ids": [self.corpus.id(i) for i in indices],
             f"{name}_scores": self.scores[query].tolist(),
         }
+
+
+def joined(results: Iterable[Result]) -> Result:
+    """The first result, with the second one, if there is one, as its opponents."""
+    first, *others = results
+    return dataclasses.replace(first, opponents=others[0]) if others else first

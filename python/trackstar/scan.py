@@ -17,10 +17,11 @@ import torch
 
 from trackstar.layout import Layout
 from trackstar.pieces import Piece, read_pieces
+from trackstar.products import Weigh
 from trackstar.progress import track
 from trackstar.selection import Selection
 from trackstar.store import Store
-from trackstar_kernels.scoring import Task, merge_topk, prepare_task, staged
+from trackstar_kernels.scoring import Task, merge_topk, prepare_task, score_topk, staged
 
 MEMORY = 256_000_000
 """Bytes that a scan takes at most, where nothing else is said."""
@@ -104,6 +105,46 @@ class Scan:
         with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
             passes = [self._pass(queries, mixing, batch, task, advance) for batch in self.batches]
         return [Found.of_batches(parts) for parts in zip(*passes, strict=True)]
+
+    def products(self, queries: torch.Tensor, weigh: Weigh | None = None) -> list[Found]:
+        """The chosen rows with the k best w_m · Σ_b ⟨a_b, y_m,b⟩ for each query a, in each direction.
+
+        Where there is a wider copy of narrow rows, and it is to be used, it alone is read. Without, the products are
+        those of the rows that the codes stand for, and no bounds are known.
+
+        Args:
+            queries: (Q, L, d) float32, as many as were planned for.
+            weigh: what gives the rows' weights w, see :mod:`trackstar.products`; None for 1.
+
+        Raises:
+            StoreError: a shard is damaged.
+        """
+        with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
+            passes = [
+                self._products_pass(queries[batch.start : batch.stop], weigh, advance)
+                for batch in self.batches
+            ]
+        return [Found.of_batches(parts) for parts in zip(*passes, strict=True)]
+
+    def _products_pass(
+        self, queries: torch.Tensor, weigh: Weigh | None, advance: Callable[[int], None]
+    ) -> list[Found]:
+        """What is found for one batch."""
+        queries = queries.to(self.device)
+        best = [_Best(self.k, largest) for largest in self.directions]
+        with contextlib.closing(
+            read_pieces(self.store, self.chosen, self.piece_rows, lambda: self.rescore)
+        ) as pieces:
+            for piece, codes, scales, _ in _on_device(pieces, self.device):
+                weights = scales if weigh is None else weigh(piece.rows, codes, scales)
+                for one in best:
+                    scores, positions = score_topk(
+                        queries, codes, min(self.k, len(piece)), scales=weights, largest=one.largest
+                    )
+                    one.add(scores.cpu(), piece.rows[positions.cpu()])
+                advance(len(piece))
+        rescored = torch.full((len(queries),), len(self.chosen)) if self.rescore else None
+        return [Found(*one.merged(), rescored=rescored) for one in best]
 
     def _pass(
         self,
@@ -234,6 +275,7 @@ def plan_scan(
     *,
     task: int = 0,
     mixed: bool = True,
+    unwhitened_norms: bool = False,
     directions: Sequence[bool] = (True,),
     memory: int = MEMORY,
     device: torch.device = CPU,
@@ -248,6 +290,7 @@ def plan_scan(
         k: rows per query, 1 ≤ k ≤ len(chosen).
         task: queries of another task that make R_eval, if it is not those that are asked.
         mixed: whether λ > 0.
+        unwhitened_norms: whether rows are weighed by the norms they had before they were whitened.
         directions: see :class:`Scan`.
         memory: bytes.
         device: where pieces are scored: the CPU, or a CUDA device that they are copied to, through pinned memory.
@@ -266,6 +309,7 @@ def plan_scan(
         k,
         task=task,
         mixed=mixed,
+        unwhitened_norms=unwhitened_norms,
         directions=len(directions),
         copies=copies,
         memory=memory,
@@ -283,6 +327,7 @@ def fit_scan(
     copies: int,
     memory: int,
     task: int = 0,
+    unwhitened_norms: bool = False,
 ) -> tuple[list[range], int, int]:
     """Batches, rows of a piece, and bytes of a scan: see :class:`Scan` and :func:`plan_scan`.
 
@@ -295,6 +340,7 @@ def fit_scan(
         copies: of a piece's rows that are in memory at a time.
         memory: bytes.
         task: queries of another task.
+        unwhitened_norms: whether the rows' norms before whitening are needed.
     """
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
@@ -318,6 +364,9 @@ def fit_scan(
         per_row += 4 * L
     if layout.narrow:
         fixed += BOUNDS
+    if unwhitened_norms:
+        fixed += 4 * L * d**2
+        per_row += 12 * d
     if layout.wide is not None:
         per_row += layout.row_bytes  # copies of the rows that are scored again
     per_row += 32 + copies * layout.row_bytes

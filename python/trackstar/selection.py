@@ -82,6 +82,11 @@ class Selection:
         """(start, stop) of the runs."""
         return zip(self.starts.tolist(), self.stops.tolist(), strict=True)
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """The rows (n,) int64, ascending."""
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(*run) for run in self)])
+
     def within(self, start: int, stop: int) -> Self:
         """Those of the rows that lie in start ≤ row < stop."""
         first = np.searchsorted(self.stops, start, side="right")
@@ -168,6 +173,22 @@ def select(store: Store, *filters: Where) -> Selection:
             chosen = _find(store, chosen, where)
     if len(chosen) == 0:
         raise ValueError(f"where must keep at least one of the {len(store)} rows of the store, it keeps none")
+    return chosen
+
+
+def select_at_least(store: Store, where: Where, k: int) -> Selection:
+    """The rows that a filter keeps, at least the k that are asked for.
+
+    Raises:
+        TypeError: ``where`` is no filter.
+        ValueError: it names a row or an id that the store does not hold, or leaves fewer than k rows.
+        StoreError: the store is incomplete, or a shard is damaged.
+    """
+    store.require_complete()
+    chosen = select(store, where)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(chosen):
+        limit = "the store's examples" if len(chosen) == len(store) else "the examples that where leaves"
+        raise ValueError(f"k must be an int from 1 to {len(chosen)} ({limit}), got {k!r}")
     return chosen
 
 

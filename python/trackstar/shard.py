@@ -147,6 +147,12 @@ class Shard:
             raise self.folder.error(f"{self.folder.name}/strings holds metadata that is not a JSON object")
         return found
 
+    def example(self, index: int) -> dict[str, Any]:
+        """The store's example ``index`` as it was given, apart from labels: those are not kept."""
+        fields = {"id": self.id(index), "text": self.text(index), "input_ids": self.tokens(index)}
+        (*_, begin), (_, end, *_) = self._offsets(index)
+        return fields | ({"metadata": self.metadata(index)} if begin < end else {})
+
     def array(self, name: str) -> np.memmap:
         """An array as it lies on disk, mapped, once its bytes have been compared with their checksum.
 

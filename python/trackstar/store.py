@@ -68,6 +68,11 @@ class Store:
         return self.manifest.identity
 
     @property
+    def output(self) -> str:
+        """What a row is the gradient of: "loss", "margin" or "logit"."""
+        return self.identity.get("output", "loss")
+
+    @property
     def parts(self) -> tuple[dict[str, Any], ...]:
         """{"examples": count, "fingerprint": …} of the corpus of the build, and of every append and merge."""
         return self.manifest.parts_within(self.end)

@@ -32,7 +32,7 @@ def read_staged(folder: Path) -> np.ndarray:
     try:
         staged.require()
     except DamageError as error:
-        raise StoreError(f"{error}: remove {folder} and run the build again") from None
+        raise StoreError(f"{error}: remove {folder} and run this again") from None
     return np_ninja.open_existing(staged.path, mode="c")
 
 
