@@ -445,6 +445,7 @@ def test_labels_that_are_not_kept_are_noticed(llama, tmp_path):
         ({"method": "dot", "encoder": "x"}, "encoder must be None with method dot, got 'x'"),
         ({"method": "bm25"}, 'must have "prompt" and "target" where there is no tokenizer'),
         ({"method": "v-norm", "model": None}, "model must be given with method v-norm, got None"),
+        ({"method": "v-norm", "by_token": True}, "by_block and by_token must be False with method v-norm"),
         ({"method": "v-norm", "k": 41}, "k must be an int from 1 to 40"),
         ({"method": "v-norm", "memory": 1000}, "memory must be at least"),
     ],

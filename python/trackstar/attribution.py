@@ -174,6 +174,8 @@ def attribute(
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
     if mixing != "auto" and method != "trackstar":
         raise ValueError(f'mixing must be "auto" with method {method}, which mixes nothing, got {mixing!r}')
+    if (by_block or by_token) and method not in ("trackstar", "r-norm", "v-r-norm", "ekfac"):
+        raise ValueError(f"by_block and by_token must be False with method {method}, which has no such terms")
     given = list(queries)
     encoded = (read_queries if method in READERS else encode_queries)(given, tokenizer)
     directions = (True, False) if opponents else (largest,)
@@ -185,10 +187,6 @@ def attribute(
         return _influence(store, model, given, tokenizer, k, directions, where, output, factors)
     kind = GRADIENTS[method]
     require_rows(method, store)
-    if (by_block or by_token) and not (kind.whitened and kind.unit_norm):
-        raise ValueError(
-            f"by_block and by_token must be False with method {method}: its scores are no such cosines"
-        )
     scan = _plan(store, kind, len(encoded), k, mixing, directions, where, memory, device, rescore)
     rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
     if not kind.whitened:
