@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench evidence evidence-small clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install -e ".[demo,test,lint]"
+	$(BIN)/pip install -e ".[evidence,test,lint]"
 	touch $@
 
 demo: install
@@ -31,6 +31,13 @@ lint: install
 
 bench: install
 	$(BIN)/python -m benchmarks.run
+
+# The study of experiments/: minutes on two cores, or a night. What is there already is not made again.
+evidence-small: install
+	$(BIN)/python -m experiments --size small
+
+evidence: install
+	$(BIN)/python -m experiments --size full
 
 clean:
 	rm -rf $(VENV) build dist

@@ -29,6 +29,7 @@ class Size:
         batch: passages in a step.
         learning_rate: of AdamW.
         sweeps: whether settings are swept that need rows of their own.
+        ranks: of the optimizer correction that are compared with none and the exact one.
         ekfac: name patterns of the modules that EK-FAC is fitted on.
         queries: that are asked, at most.
     """
@@ -39,14 +40,19 @@ class Size:
     batch: int
     learning_rate: float
     sweeps: bool
+    ranks: tuple[int, ...]
     ekfac: tuple[str, ...]
     queries: int
 
 
 SIZES = {
-    "small": Size(320, 8, 3, 8, 1e-4, False, ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 60),
-    "medium": Size(640, 16, 3, 8, 1e-4, True, ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 120),
-    "full": Size(4000, 60, 3, 16, 1e-4, True, ("*mlp*",), 500),
+    "small": Size(
+        320, 8, 3, 8, 1e-4, False, (), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 60
+    ),
+    "medium": Size(
+        640, 16, 2, 8, 1e-4, True, (4,), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 120
+    ),
+    "full": Size(4000, 60, 3, 16, 1e-4, True, (1, 2, 4, 8), ("*mlp*",), 500),
 }
 """small: minutes on two cores. medium: the figures of docs/evidence.md. full: a night."""
 
@@ -106,13 +112,22 @@ class Study:
 
 def study(description: str | None, argv: list[str] | None = None) -> Study:
     """The study that the command line names."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--work", type=Path, default=Path(".evidence"), help="where everything is kept")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(argv)
+    return chosen(parser(description).parse_args(argv))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every part has."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("--work", type=Path, default=Path(".evidence"), help="where everything is kept")
+    options.add_argument("--size", choices=SIZES, default="small")
+    options.add_argument("--seed", type=int, default=0)
+    return options
+
+
+def chosen(given: argparse.Namespace) -> Study:
+    """The study of these options."""
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     return Study(given.work / f"{given.size}-{given.seed}", given.size, given.seed)
 
 

@@ -440,6 +440,7 @@ def test_labels_that_are_not_kept_are_noticed(llama, tmp_path):
         ({"method": "cosine"}, r"needs a store of uncorrected gradients of the loss, .* companion_store\(\)"),
         ({"method": "trak"}, "method trak needs a store of uncorrected gradients of the margin"),
         ({"method": "v-norm", "mixing": 0.5}, 'mixing must be "auto" with method v-norm'),
+        ({"method": "v-norm", "task": QUERIES}, "task must be None with method v-norm"),
         ({"method": "ekfac"}, "factors must be given with method ekfac, got None"),
         ({"method": "dense"}, "encoder must be given with method dense, got None"),
         ({"method": "dot", "encoder": "x"}, "encoder must be None with method dot, got 'x'"),

@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from trackstar.append import append_store as append_store
     from trackstar.attribution import attribute as attribute
+    from trackstar.bergson import import_bergson as import_bergson
+    from trackstar.bergson import rows_from_bergson as rows_from_bergson
     from trackstar.build import build_store as build_store
     from trackstar.checkpoints import tracin as tracin
     from trackstar.collector import GradientCollector as GradientCollector
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
     from trackstar.correction import Correction as Correction
     from trackstar.deletion import delete_rows as delete_rows
     from trackstar.errors import StoreError as StoreError
+    from trackstar.export import export_rows as export_rows
     from trackstar.merge import merge_stores as merge_stores
     from trackstar.passes import collect_rows as collect_rows
+    from trackstar.patching import TailPatch as TailPatch
+    from trackstar.patching import tail_patch as tail_patch
     from trackstar.repair import repair_store as repair_store
     from trackstar.report import print_result as print_result
     from trackstar.result import Result as Result
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
     from trackstar.store import open_store as open_store
     from trackstar.training import TrainerRows as TrainerRows
     from trackstar.verify import verify_store as verify_store
+    from trackstar.viewer import read_jsonl_results as read_jsonl_results
 
 _HOMES = {
     "Correction": "correction",
@@ -43,6 +49,7 @@ _HOMES = {
     "SketchSpec": "spec",
     "Store": "store",
     "StoreError": "errors",
+    "TailPatch": "patching",
     "TrainerRows": "training",
     "append_store": "append",
     "attribute": "attribution",
@@ -50,12 +57,17 @@ _HOMES = {
     "collect_rows": "passes",
     "companion_store": "companion",
     "delete_rows": "deletion",
+    "export_rows": "export",
+    "import_bergson": "bergson",
     "merge_stores": "merge",
     "open_store": "store",
     "print_result": "report",
+    "read_jsonl_results": "viewer",
     "reencode_store": "rewriting",
     "repair_store": "repair",
     "rewhiten_store": "rewriting",
+    "rows_from_bergson": "bergson",
+    "tail_patch": "patching",
     "tracin": "checkpoints",
     "verify_store": "verify",
 }

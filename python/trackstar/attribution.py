@@ -12,22 +12,28 @@ from trackstar import fingerprint
 from trackstar.baselines import Encoder, bm25_scores, chosen_texts, read_queries
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
-from trackstar.examples import EncodedQuery, check_queries, encode_queries
+from trackstar.examples import EncodedQuery, check_queries, encode_queries, encode_task
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
 from trackstar.methods import GRADIENTS, READERS, Gradients, require_method, require_rows
 from trackstar.passes import check_model, vocabulary_size
 from trackstar.probability import stored_probabilities
 from trackstar.products import Weigh, by_unwhitened_norm, by_weight, unwhitening_queries
+from trackstar.progress import console
 from trackstar.queries import rows_of_queries
 from trackstar.result import Result, joined
-from trackstar.scan import MEMORY, Scan, plan_scan
+from trackstar.scan import MEMORY, Found, Scan, plan_scan
 from trackstar.selection import Where, select, select_at_least
 from trackstar.store import Store
 from trackstar.stored_examples import stored_parts
 from trackstar.terms import with_terms
 from trackstar_kernels import encode_rows
 from trackstar_kernels.scoring import merge_topk
+
+ONE_QUERY = (
+    "R_eval of one query has rank 1 in each block, so that it moves scores and hardly their order: ask several queries "
+    "together, give a task set, or leave R_eval out with mixing 0"
+)
 
 WHITENED_TOGETHER = 64
 """Queries that are whitened at a time: what that takes beside them is not to grow with their number."""
@@ -66,6 +72,7 @@ def score_rows(
     *,
     k: int,
     mixing: str | float = "auto",
+    task: torch.Tensor | None = None,
     largest: bool = True,
     where: Where = None,
     memory: int = MEMORY,
@@ -79,6 +86,7 @@ def score_rows(
         rows: (Q, L, d) float32 from :func:`query_rows`.
         k: examples per query, from 1 to as many as ``where`` leaves.
         mixing: λ in [0, 1), or "auto" for the paper's rule.
+        task: (T, L, d) float32, rows of other queries that make R_eval; None for ``rows``.
         largest: False for the lowest scores.
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
@@ -92,11 +100,11 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    method = GRADIENTS["trackstar"]
-    scan = _plan(store, method, len(rows), k, mixing, (largest,), where, memory, device, rescore)
-    whitened = whiten(store, rows)
-    used = _mixing(store, rows, mixing)
-    (found,) = scan.run(whitened, used)
+    count = 0 if task is None else len(task)
+    scan = _plan(
+        store, GRADIENTS["trackstar"], len(rows), count, k, mixing, (largest,), where, memory, device, rescore
+    )
+    (found,), used = _answer(scan, rows, task, mixing)
     return found.scores, found.indices, used
 
 
@@ -109,6 +117,7 @@ def attribute(
     method: str = "trackstar",
     k: int = 10,
     mixing: str | float = "auto",
+    task: Iterable[Mapping[str, Any]] | None = None,
     largest: bool = True,
     opponents: bool = False,
     where: Where = None,
@@ -124,8 +133,9 @@ def attribute(
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
     By TrackStar, I(m, q) = Ḡ(m)·Ḡ(q), the cosine of whitened, corrected, projected gradients, with the mixed
-    curvature R = λ R_eval + (1 − λ) R_train and R_eval from these very queries: one scan of the store, exact for any
-    λ. An example or query without any gradient scores 0. docs/methods.md has the other methods' formulas.
+    curvature R = λ R_eval + (1 − λ) R_train and R_eval from these very queries, or from those of ``task``: one scan
+    of the store, exact for any λ. An example or query without any gradient scores 0. docs/methods.md has the other
+    methods' formulas.
 
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
@@ -137,6 +147,7 @@ def attribute(
             (:func:`companion_store` builds a store of them), and "trak" a pass over the store's examples, once.
         k: examples per query.
         mixing: λ in [0, 1), or "auto" for the paper's rule; "trackstar" alone mixes.
+        task: other queries, at least two, that make R_eval in place of those that are asked; with λ = 0 nothing does.
         largest: False for the opponents, the k lowest scores.
         opponents: find the lowest scores in the same scan, as ``result.opponents``.
         where: look at these rows alone: a range, indices, a boolean mask over all rows, ids, or a function of an
@@ -176,6 +187,8 @@ def attribute(
         raise ValueError(f'mixing must be "auto" with method {method}, which mixes nothing, got {mixing!r}')
     if (by_block or by_token) and method not in ("trackstar", "r-norm", "v-r-norm", "ekfac"):
         raise ValueError(f"by_block and by_token must be False with method {method}, which has no such terms")
+    if task is not None and method != "trackstar":
+        raise ValueError(f"task must be None with method {method}, which mixes nothing")
     given = list(queries)
     encoded = (read_queries if method in READERS else encode_queries)(given, tokenizer)
     directions = (True, False) if opponents else (largest,)
@@ -187,17 +200,21 @@ def attribute(
         return _influence(store, model, given, tokenizer, k, directions, where, output, factors)
     kind = GRADIENTS[method]
     require_rows(method, store)
-    scan = _plan(store, kind, len(encoded), k, mixing, directions, where, memory, device, rescore)
-    rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
-    if not kind.whitened:
-        asked = unwhitening_queries(rows, store.curvature, unit_norm=kind.unit_norm)
-    else:
-        asked = whiten(store, rows)
-    used = _mixing(store, rows, mixing) if kind.mixed else 0.0
+    others = [] if task is None else encode_task(task, tokenizer)
+    scan = _plan(
+        store, kind, len(encoded), len(others), k, mixing, directions, where, memory, device, rescore
+    )
+    rows = query_rows(store, model, [*encoded, *others], tokenizer=tokenizer, output=output)
+    asked = rows[: len(encoded)]
+    shaping = rows[len(encoded) :] if others else None
     if kind.whitened and kind.unit_norm:
-        found = scan.run(asked, used)
+        found, used = _answer(scan, asked, shaping, mixing if kind.mixed else 0.0)
     else:
-        found = scan.products(asked, _weigh(kind, store, model, tokenizer, scan.device))
+        if kind.whitened:
+            compared = whiten(store, asked)
+        else:
+            compared = unwhitening_queries(asked, store.curvature, unit_norm=kind.unit_norm)
+        found, used = scan.products(compared, _weigh(kind, store, model, tokenizer, scan.device)), 0.0
     results = [
         Result(
             best.scores,
@@ -213,7 +230,9 @@ def attribute(
         for best, largest in zip(found, directions, strict=True)
     ]
     if by_block or by_token:
-        results = [with_terms(r, model, rows, by_block=by_block, by_token=by_token) for r in results]
+        results = [
+            with_terms(r, model, asked, shaping, by_block=by_block, by_token=by_token) for r in results
+        ]
     return joined(r if kind.mixed else dataclasses.replace(r, mixing=None) for r in results)
 
 
@@ -276,6 +295,7 @@ def _plan(
     store: Store,
     method: Gradients,
     queries: int,
+    others: int,
     k: int,
     mixing: str | float,
     directions: Sequence[bool],
@@ -297,6 +317,7 @@ def _plan(
         chosen,
         queries,
         k,
+        task=others,
         mixed=method.mixed and mixing != 0,
         unwhitened_norms=method.unit_norm and not method.whitened,
         directions=directions,
@@ -314,9 +335,17 @@ def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
     return whitened
 
 
-def _mixing(store: Store, rows: torch.Tensor, mixing: str | float) -> float:
-    """λ for the queries' rows, not whitened."""
-    return choose_mixing(rows, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)
+def _answer(
+    scan: Scan, rows: torch.Tensor, task: torch.Tensor | None, mixing: str | float
+) -> tuple[list[Found], float]:
+    """What the scan finds in each direction for the queries' rows, and λ; R_eval is the task's, if there is one."""
+    curvature, shaping = scan.store.curvature, rows if task is None else task
+    used = choose_mixing(shaping, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+    asked = whiten(scan.store, rows if task is None else torch.cat([rows, task]))
+    found = scan.run(asked, used, None if task is None else range(len(rows), len(asked)))
+    if used > 0 and len(shaping) == 1:
+        console().print(ONE_QUERY, soft_wrap=True)
+    return found, used
 
 
 def _weigh(

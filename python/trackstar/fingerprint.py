@@ -32,7 +32,7 @@ def of_model(model: nn.Module) -> dict[str, object]:
     return {
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "fingerprint": _of_tensors([*model.named_parameters(), *model.named_buffers()]),
+        "fingerprint": of_tensors([*model.named_parameters(), *model.named_buffers()]),
     }
 
 
@@ -65,13 +65,13 @@ def of_correction(correction: Correction | None) -> dict[str, object] | None:
         "kind": correction.kind,
         "rank": correction.rank,
         "source": correction.source,
-        "fingerprint": _of_tensors(sorted(tensors, key=lambda item: item[0])),
+        "fingerprint": of_tensors(sorted(tensors, key=lambda item: item[0])),
     }
 
 
 def of_curvature(curvature: Curvature) -> str:
     """Hash of R_train."""
-    return _of_tensors([("train", curvature.train)])
+    return of_tensors([("train", curvature.train)])
 
 
 def require_same(model: nn.Module, tokenizer: Any, built: Built) -> None:
@@ -94,7 +94,8 @@ def require_same(model: nn.Module, tokenizer: Any, built: Built) -> None:
         )
 
 
-def _of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+def of_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash of the tensors and their names, in order."""
     digest = xxhash.xxh3_128()
     for name, tensor in named:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

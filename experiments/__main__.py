@@ -1,0 +1,24 @@
+"""Run the study from nothing to the report; what is there already is not made again."""
+
+import importlib
+import sys
+import time
+
+from experiments.study import study
+
+PARTS = ("provenance", "ladder", "sweeps", "lds", "removal", "report")
+"""In order. Each is also a command of its own: python -m experiments.<part>."""
+
+
+def main() -> int:
+    """Run every part, each with the options given."""
+    here = study(__doc__)
+    for part in PARTS:
+        start = time.perf_counter()
+        importlib.import_module(f"experiments.{part}").main(sys.argv[1:])
+        print(f"{part}: {time.perf_counter() - start:.0f} s at size {here.name}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
