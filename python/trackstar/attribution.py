@@ -101,9 +101,10 @@ def score_rows(
         StoreError: the store is incomplete or damaged.
     """
     count = 0 if task is None else len(task)
-    method = GRADIENTS["trackstar"]
-    scan = _plan(store, method, len(rows), count, k, mixing, (largest,), where, memory, device, rescore)
-    (found,), used = _mixed(scan, rows, task, mixing)
+    scan = _plan(
+        store, GRADIENTS["trackstar"], len(rows), count, k, mixing, (largest,), where, memory, device, rescore
+    )
+    (found,), used = _answer(scan, rows, task, mixing)
     return found.scores, found.indices, used
 
 
@@ -182,11 +183,12 @@ def attribute(
         if (value is not None) != (method == user):
             wanted = f"given with method {user}" if method == user else f"None with method {method}"
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
-    if method != "trackstar" and (mixing != "auto" or task is not None):
-        raise ValueError(
-            f'mixing must be "auto" and task None with method {method}, which mixes nothing, got {mixing!r} and '
-            f"{'None' if task is None else 'a task'}"
-        )
+    if mixing != "auto" and method != "trackstar":
+        raise ValueError(f'mixing must be "auto" with method {method}, which mixes nothing, got {mixing!r}')
+    if (by_block or by_token) and method not in ("trackstar", "r-norm", "v-r-norm", "ekfac"):
+        raise ValueError(f"by_block and by_token must be False with method {method}, which has no such terms")
+    if task is not None and method != "trackstar":
+        raise ValueError(f"task must be None with method {method}, which mixes nothing")
     given = list(queries)
     encoded = (read_queries if method in READERS else encode_queries)(given, tokenizer)
     directions = (True, False) if opponents else (largest,)
@@ -198,10 +200,6 @@ def attribute(
         return _influence(store, model, given, tokenizer, k, directions, where, output, factors)
     kind = GRADIENTS[method]
     require_rows(method, store)
-    if (by_block or by_token) and not (kind.whitened and kind.unit_norm):
-        raise ValueError(
-            f"by_block and by_token must be False with method {method}: its scores are no such cosines"
-        )
     others = [] if task is None else encode_task(task, tokenizer)
     scan = _plan(
         store, kind, len(encoded), len(others), k, mixing, directions, where, memory, device, rescore
@@ -209,16 +207,14 @@ def attribute(
     rows = query_rows(store, model, [*encoded, *others], tokenizer=tokenizer, output=output)
     asked = rows[: len(encoded)]
     shaping = rows[len(encoded) :] if others else None
-    used = 0.0
     if kind.whitened and kind.unit_norm:
-        found, used = _mixed(scan, asked, shaping, mixing if kind.mixed else 0.0)
+        found, used = _answer(scan, asked, shaping, mixing if kind.mixed else 0.0)
     else:
-        compared = (
-            whiten(store, asked)
-            if kind.whitened
-            else unwhitening_queries(asked, store.curvature, unit_norm=kind.unit_norm)
-        )
-        found = scan.products(compared, _weigh(kind, store, model, tokenizer, scan.device))
+        if kind.whitened:
+            compared = whiten(store, asked)
+        else:
+            compared = unwhitening_queries(asked, store.curvature, unit_norm=kind.unit_norm)
+        found, used = scan.products(compared, _weigh(kind, store, model, tokenizer, scan.device)), 0.0
     results = [
         Result(
             best.scores,
@@ -321,28 +317,14 @@ def _plan(
         chosen,
         queries,
         k,
+        task=others,
         mixed=method.mixed and mixing != 0,
         unwhitened_norms=method.unit_norm and not method.whitened,
-        task=others,
         directions=directions,
         memory=memory,
         device=device,
         rescore=rescore,
     )
-
-
-def _mixed(
-    scan: Scan, rows: torch.Tensor, task: torch.Tensor | None, mixing: str | float
-) -> tuple[list[Found], float]:
-    """What the scan finds in each direction for the queries' rows, and λ; R_eval is the task's, if there is one."""
-    store, shaping = scan.store, rows if task is None else task
-    used = choose_mixing(shaping, store.curvature.eigenvalues) if mixing == "auto" else float(mixing)
-    if used > 0 and len(shaping) == 1:
-        console().print(ONE_QUERY, soft_wrap=True)
-    if task is None:
-        return scan.run(whiten(store, rows), used), used
-    both = whiten(store, torch.cat([rows, task]))
-    return scan.run(both, used, range(len(rows), len(both))), used
 
 
 def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
@@ -351,6 +333,19 @@ def whiten(store: Store, rows: torch.Tensor) -> torch.Tensor:
     for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
         out.copy_(encode_rows(part, store.curvature.whitener, "float32")[0])
     return whitened
+
+
+def _answer(
+    scan: Scan, rows: torch.Tensor, task: torch.Tensor | None, mixing: str | float
+) -> tuple[list[Found], float]:
+    """What the scan finds in each direction for the queries' rows, and λ; R_eval is the task's, if there is one."""
+    curvature, shaping = scan.store.curvature, rows if task is None else task
+    used = choose_mixing(shaping, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+    asked = whiten(scan.store, rows if task is None else torch.cat([rows, task]))
+    found = scan.run(asked, used, None if task is None else range(len(rows), len(asked)))
+    if used > 0 and len(shaping) == 1:
+        console().print(ONE_QUERY, soft_wrap=True)
+    return found, used
 
 
 def _weigh(

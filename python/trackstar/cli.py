@@ -165,6 +165,8 @@ def query(
         raise typer.BadParameter(f"--model is needed with --method {method.value}")
     if (rate != 1 or checkpoint) and method is not MethodName.tracin:
         raise typer.BadParameter(f"--rate and --checkpoint are for --method tracin, not {method.value}")
+    if (blocks or tokens or task or mixing != "auto") and method is MethodName.tracin:
+        raise typer.BadParameter("--blocks, --tokens, --task and --mixing are not for --method tracin")
     others = [parse_checkpoint(text, "--checkpoint") for text in checkpoint or []]
     if (queries is None) == (prompt is None) or (prompt is None) != (target is None):
         raise typer.BadParameter("give --prompt and --target, or --queries")
