@@ -11,7 +11,6 @@ from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
 from trackstar.examples import encode_examples, encode_queries
-from trackstar.losses import nll
 
 from experiments import corpus, retrieval
 from experiments.provenance import checkpoint, load_model, questions
@@ -94,7 +93,7 @@ def ekfac_scores(here: Study, passages: list[Mapping[str, str]], asked: list[dic
     )
     capture = TokenCapture(model, list(factors.shapes))
     inverse = DampedInverse(factors, DAMPING, torch.device("cpu"))
-    thin = thin_queries(capture, encode_queries(asked, tokenizer), inverse, RANK, nll)
+    thin = thin_queries(capture, encode_queries(asked, tokenizer), inverse, RANK, "loss")
     return scores_of(capture, encode_examples(passages, tokenizer), thin, lambda count: None).float()
 
 
