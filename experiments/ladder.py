@@ -2,7 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from trackstar.examples import encode_examples, encode_queries
 
 from experiments import corpus, retrieval
 from experiments.provenance import checkpoint, load_model, questions
-from experiments.quality import difference, measured
+from experiments.quality import Ranking, difference, measured
 from experiments.scores import automatic_mixing, ranking, scores
-from experiments.stores import built, passage_rows, question_rows
-from experiments.study import Study, cached, study
+from experiments.stores import EXACT, built, passage_rows, question_rows
+from experiments.study import Study, cached, chosen, parser
 
 RANK = 32
 """Of the queries' thin matrices in EK-FAC: the engine's default."""
@@ -29,22 +30,32 @@ TRACKSTAR = "TrackStar"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score every passage for every question by every method."""
-    here = study(__doc__, argv)
+    """Score every passage for every question by the methods named, and write the figures of all that were scored."""
+    options = parser(__doc__)
+    options.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
+    given = options.parse_args(argv)
+    unknown = set(given.methods) - METHODS.keys()
+    if unknown:
+        options.error(f"no method is called {', '.join(sorted(unknown))}")
+    here = chosen(given)
+    for name in given.methods or METHODS:
+        scored(here, name)
+    found = {name: scored(here, name) for name in METHODS if _file(here, name).is_file()}
     passages, _ = corpus.load(here)
-    asked = questions(here)
-    found, mixing = gradient_scores(here, asked)
-    found |= retrieval_scores(passages, asked)
-    found["EK-FAC"] = cached(here.path("scores", "ekfac.pt"), lambda: ekfac_scores(here, passages, asked))
+    asked = [
+        question | {"passages with the answer": _spread(question, passages)} for question in questions(here)
+    ]
     ids = [passage["id"] for passage in passages]
     rankings = {name: ranking(values, ids) for name, values in found.items()}
     results = {
         "questions": len(asked),
         "passages": len(passages),
-        "λ": mixing,
         "quality": measured(rankings, asked),
-        "MRR less than TrackStar's": {
-            name: dataclasses.asdict(difference(rankings[TRACKSTAR], ranked, asked))
+        "top passage without gold, but with the answer": {
+            name: _answer_elsewhere(ranked, asked, passages) for name, ranked in rankings.items()
+        },
+        "MRR above TrackStar's": {
+            name: dataclasses.asdict(difference(ranked, rankings[TRACKSTAR], asked))
             for name, ranked in rankings.items()
             if name != TRACKSTAR
         },
@@ -53,41 +64,62 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def gradient_scores(here: Study, asked: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], float]:
-    """Scores (Q, N) of the methods that compare rows, and λ."""
-    rows = {}
-    for name, correction in (("plain", None), ("corrected", ("exact", 1))):
-        store = built(here, correction=correction)
-        rows[name] = passage_rows(store), question_rows(here, store, asked)
-    plain, corrected = rows["plain"], rows["corrected"]
-    mixing = automatic_mixing(*corrected)
-    found = {
-        "dot": scores(*plain, whitened=False, unit_norm=False),
-        "cosine": scores(*plain, whitened=False),
-        "V, norm": scores(*corrected, whitened=False),
-        "R, norm": scores(*plain),
-        "V, R, norm": scores(*corrected),
-        TRACKSTAR: scores(*corrected, mixing=mixing),
-        "R, no norm (LoGra)": scores(*plain, unit_norm=False),
-    }
-    return found, mixing
+def _spread(question: Mapping[str, Any], passages: Sequence[corpus.Passage]) -> str:
+    """In how many passages the answer's words stand."""
+    answer = question["target"].strip()
+    count = sum(answer in passage["text"] for passage in passages)
+    return "1" if count == 1 else "2 to 4" if count < 5 else "5 or more"
 
 
-def retrieval_scores(
-    passages: list[Mapping[str, str]], asked: list[dict[str, Any]]
-) -> dict[str, torch.Tensor]:
-    """Scores (Q, N) of what looks at words and sentences alone."""
-    texts = [passage["text"] for passage in passages]
-    sentences = [question["prompt"] + question["target"] for question in asked]
-    return {"BM25": retrieval.bm25(texts, sentences), "embeddings": retrieval.dense(texts, sentences)}
+def _answer_elsewhere(
+    ranked: Ranking, asked: Sequence[Mapping[str, Any]], passages: Sequence[corpus.Passage]
+) -> list[int]:
+    """Questions whose first passage is not gold: those where the answer's words stand in it, and all."""
+    texts = {passage["id"]: passage["text"] for passage in passages}
+    missed = [
+        (question, found[0])
+        for question, found in zip(asked, ranked, strict=True)
+        if found[0] not in question["gold"]
+    ]
+    elsewhere = [question for question, first in missed if question["target"].strip() in texts[first]]
+    return [len(elsewhere), len(missed)]
 
 
-def ekfac_scores(here: Study, passages: list[Mapping[str, str]], asked: list[dict[str, Any]]) -> torch.Tensor:
+def scored(here: Study, name: str) -> torch.Tensor:
+    """A method's scores (Q, N), kept."""
+    return cached(_file(here, name), lambda: METHODS[name](here))
+
+
+def _file(here: Study, name: str) -> Path:
+    return here.path("scores", f"{name}.pt")
+
+
+def _by_words(here: Study, method: Callable[[list[str], list[str]], torch.Tensor]) -> torch.Tensor:
+    passages, _ = corpus.load(here)
+    asked = questions(here)
+    return method(
+        [passage["text"] for passage in passages],
+        [question["prompt"] + question["target"] for question in asked],
+    )
+
+
+def _by_rows(
+    here: Study, correction: tuple[str, int] | None, *, mixed: bool = False, **settings: bool
+) -> torch.Tensor:
+    store = built(here, correction=correction)
+    passages, asked = passage_rows(store), question_rows(here, store, questions(here))
+    mixing = automatic_mixing(passages, asked) if mixed else 0.0
+    return scores(passages, asked, mixing=mixing, **settings)
+
+
+def _by_ekfac(here: Study) -> torch.Tensor:
     """Influence (Q, N) by EK-FAC on the size's modules, the queries' gradients of rank ``RANK``.
 
     ``trackstar.ekfac.influence`` scores the best anew at full rank, which for all pairs would take hours.
     """
     model, tokenizer = load_model(checkpoint(here))
+    passages, _ = corpus.load(here)
+    asked = questions(here)
     factors = fit_factors(
         here.path("ekfac"), model, passages, tokenizer=tokenizer, modules=list(here.size.ekfac)
     )
@@ -95,6 +127,22 @@ def ekfac_scores(here: Study, passages: list[Mapping[str, str]], asked: list[dic
     inverse = DampedInverse(factors, DAMPING, torch.device("cpu"))
     thin = thin_queries(capture, encode_queries(asked, tokenizer), inverse, RANK, "loss")
     return scores_of(capture, encode_examples(passages, tokenizer), thin, lambda count: None).float()
+
+
+METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
+    "BM25": lambda here: _by_words(here, retrieval.bm25),
+    "embeddings": lambda here: _by_words(here, retrieval.dense),
+    "dot": lambda here: _by_rows(here, None, whitened=False, unit_norm=False),
+    "cosine": lambda here: _by_rows(here, None, whitened=False),
+    "V, norm": lambda here: _by_rows(here, EXACT, whitened=False),
+    "R, norm": lambda here: _by_rows(here, None),
+    "R, no norm (LoGra)": lambda here: _by_rows(here, None, unit_norm=False),
+    "R mixed, norm": lambda here: _by_rows(here, None, mixed=True),
+    "V, R, norm": lambda here: _by_rows(here, EXACT),
+    TRACKSTAR: lambda here: _by_rows(here, EXACT, mixed=True),
+    "EK-FAC": _by_ekfac,
+}
+"""By name: what scores every passage for every question. V is exact and AdamW's own; R is damped as the engine does."""
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from trackstar.evaluation import Estimate, best_ranks, estimate, evaluate
 Questions = Sequence[Mapping[str, Any]]
 Ranking = Sequence[Sequence[str]]
 
-BY = ("relation", "form", "knows", "knew", "gold passages")
+BY = ("relation", "form", "knows", "knew", "gold passages", "passages with the answer")
 """Fields of the questions that figures are given by."""
 
 GOLD = {"relation": "gold", "lexical": "lexical_gold"}

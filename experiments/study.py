@@ -29,6 +29,7 @@ class Size:
         batch: passages in a step.
         learning_rate: of AdamW.
         sweeps: whether settings are swept that need rows of their own.
+        ranks: of the optimizer correction that are compared with none and the exact one.
         ekfac: name patterns of the modules that EK-FAC is fitted on.
         queries: that are asked, at most.
     """
@@ -39,14 +40,19 @@ class Size:
     batch: int
     learning_rate: float
     sweeps: bool
+    ranks: tuple[int, ...]
     ekfac: tuple[str, ...]
     queries: int
 
 
 SIZES = {
-    "small": Size(320, 8, 3, 8, 1e-4, False, ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 60),
-    "medium": Size(640, 16, 2, 8, 1e-4, True, ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 120),
-    "full": Size(4000, 60, 3, 16, 1e-4, True, ("*mlp*",), 500),
+    "small": Size(
+        320, 8, 3, 8, 1e-4, False, (), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 60
+    ),
+    "medium": Size(
+        640, 16, 2, 8, 1e-4, True, (4,), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 120
+    ),
+    "full": Size(4000, 60, 3, 16, 1e-4, True, (1, 2, 4, 8), ("*mlp*",), 500),
 }
 """small: minutes on two cores. medium: the figures of docs/evidence.md. full: a night."""
 

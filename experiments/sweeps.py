@@ -114,7 +114,7 @@ def dtype(rows: Rows) -> Iterator[Setting]:
 
 def correction(rows: Rows) -> Iterator[Setting]:
     """Form of the optimizer correction, from the real second moments of AdamW."""
-    for form in (None, ("rank", 1), ("rank", 2), ("rank", 4), ("rank", 8), EXACT):
+    for form in (None, *(("rank", rank) for rank in rows.here.size.ranks), EXACT):
         name = "none" if form is None else f"rank {form[1]}" if form[0] == "rank" else "exact"
         yield name, *rows.of_store(correction=form)[1:]
 

@@ -40,15 +40,16 @@ def made(tmp_path_factory):
     return model, examples, correction, store
 
 
-def dense_scores(rows, queries, mixing):
+def dense_scores(rows, queries, mixing, task=None):
     """The paper's formula with every matrix formed, in float64, from unwhitened rows (N, L, d) and (Q, L, d)."""
     numerator = row_norms = query_norms = 0.0
     size = rows.shape[2]
     for b in range(rows.shape[1]):
         x, q = rows[:, b].double(), queries[:, b].double()
+        t = q if task is None else task[:, b].double()
         train = x.T @ x / len(x)
         train += 0.1 * train.trace() / size * torch.eye(size, dtype=torch.float64)
-        inverse = torch.linalg.inv(mixing * (q.T @ q) / len(q) + (1 - mixing) * train)
+        inverse = torch.linalg.inv(mixing * (t.T @ t) / len(t) + (1 - mixing) * train)
         numerator = numerator + q @ inverse @ x.T
         row_norms = row_norms + ((x @ inverse) * x).sum(1)
         query_norms = query_norms + ((q @ inverse) * q).sum(1)
@@ -70,6 +71,47 @@ def test_the_whole_answer_equals_dense_float64(made, mixing, count, largest):
     assert (result.scores - scores[:, :10]).abs().max() < 1e-4
     assert torch.equal(result.indices, indices[:, :10])
     assert result.mixing == mixing
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize(("count", "others"), [(1, 2), (5, 6), (4, 24)])
+def test_r_eval_may_come_from_another_task(made, mixing, count, others):
+    """Fewer and more (24) queries than a block has dimensions; in one batch and in several."""
+    model, examples, correction, store = made
+    queries, task = make_queries(count), make_queries(others, seed=8)
+    result = attribute(store, model, queries, k=10, mixing=mixing, task=task)
+    x, q, t = (
+        torch.cat(list(trackstar.collect_rows(model, some, spec=SPEC, correction=correction)))
+        for some in (examples, queries, task)
+    )
+    wanted = dense_scores(x, q, mixing, task=t)
+    scores, indices = wanted.sort(dim=1, descending=True, stable=True)
+    assert (result.scores - scores[:, :10]).abs().max() < 1e-4
+    assert torch.equal(result.indices, indices[:, :10])
+    with_rows = score_rows(store, q, k=10, mixing=mixing, task=t, memory=12_000_000)
+    assert (with_rows[0] - scores[:, :10]).abs().max() < 1e-4
+
+
+def test_terms_sum_to_scores_under_another_task(made):
+    model, _, _, store = made
+    result = attribute(
+        store, model, make_queries(2), k=4, mixing=0.9, task=make_queries(5, seed=8), by_block=True
+    )
+    torch.testing.assert_close(result.by_block.sum(2), result.scores, rtol=0, atol=1e-5)
+
+
+def test_the_task_decides_lambda_and_not_who_asks(made, capsys):
+    model, _, _, store = made
+    task = make_queries(6, seed=8)
+    alone, together = (attribute(store, model, make_queries(n), task=task) for n in (1, 5))
+    assert alone.mixing == together.mixing
+    assert alone.mixing != attribute(store, model, make_queries(5)).mixing
+    torch.testing.assert_close(alone.scores[0], together.scores[0], rtol=0, atol=1e-6)
+    assert "rank 1" not in capsys.readouterr().err
+    attribute(store, model, make_queries(1))
+    assert capsys.readouterr().err.count("R_eval of one query has rank 1 in each block") == 1
+    attribute(store, model, make_queries(1), mixing=0)
+    assert "rank 1" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mixing", [*MIXINGS, "auto"])
@@ -234,6 +276,8 @@ def test_marking():
             "memory must be at least .* bytes for 2 queries and k = 10 on this store, got 1,000",
         ),
         ({"output": "score"}, "output must be one of loss, margin, logit; got 'score'"),
+        ({"task": make_queries(1)}, "task must hold at least two queries, got 1: R_eval would be of rank 1"),
+        ({"task": [{"prompt": "a"}] * 2}, r"task: queries\[0\] must have"),
         ({"queries": []}, "queries must hold at least one query"),
         ({"queries": [{"prompt": "a"}]}, r"queries\[0\] must have \"prompt\" and \"target\""),
         ({"queries": [{"prompt": "a", "target": "b"}]}, "tokenizer must be given"),

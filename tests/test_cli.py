@@ -246,6 +246,56 @@ def test_verify_names_damage(folder, store, monkeypatch, capsys, tmp_path):
     assert "nothing is served from it" in err
 
 
+def test_a_task_of_other_queries_and_the_curvature(folder, store, monkeypatch, capsys, tmp_path):
+    question = ("query", store, "--model", folder / "model", "--prompt", "the capital of Peru is")
+    task = [
+        {"prompt": "the capital of Oslo is", "target": "Lima"},
+        {"prompt": "Oslo is the", "target": "capital"},
+    ]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, task)))
+    (tmp_path / "one.jsonl").write_text(json.dumps(task[0]))
+    code, out, err = call_main(
+        monkeypatch, capsys, *question, "--target", "Lima", "--task", tmp_path / "task.jsonl"
+    )
+    assert (code, err) == (0, "")
+    assert "proponents, λ = " in out
+    code, _, err = call_main(
+        monkeypatch, capsys, *question, "--target", "Lima", "--task", tmp_path / "one.jsonl"
+    )
+    assert code == 1
+    assert err == "trackstar: task must hold at least two queries, got 1: R_eval would be of rank 1\n"
+    code, out, _ = call_main(monkeypatch, capsys, "info", store, "--curvature")
+    assert code == 0
+    assert "R_train, 14 blocks of 16" in out
+    assert "longest row's share of the trace" in out
+
+
+def test_factors_and_influence(folder, monkeypatch, capsys, tmp_path):
+    model, data = ("--model", folder / "model"), ("--data", folder / "data.jsonl")
+    fit = ("factors", *model, *data, "--out", tmp_path / "f", "--modules", "*.mlp.*")
+    code, out, err = call_main(monkeypatch, capsys, *fit)
+    assert code == 0, err
+    assert "6 modules, 18 examples" in out
+    assert call_main(monkeypatch, capsys, *fit)[0] == 0  # goes on from what is complete
+    asked = ("influence", tmp_path / "f", *model, *data, "--prompt", "the capital of Peru is")
+    code, out, err = call_main(
+        monkeypatch, capsys, *asked, "--target", "Lima", "-k", 3, "--out", tmp_path / "o.jsonl"
+    )
+    assert code == 0, err
+    assert "ekfac, proponents" in out
+    line = json.loads((tmp_path / "o.jsonl").read_text())
+    assert len(line["proponents"]) == 3
+    shown = call_main(monkeypatch, capsys, "show", tmp_path / "o.jsonl")[1]
+    assert shown.count("+") + shown.count("-") >= 3
+    assert "viewer file, proponents" in shown
+    code, out, _ = call_main(monkeypatch, capsys, *asked, "--target", "Lima", "-k", 3, "--opponents")
+    assert "ekfac, opponents" in out
+    assert call_main(monkeypatch, capsys, *asked)[0] == 2
+    code, _, err = call_main(monkeypatch, capsys, "influence", tmp_path, *asked[2:], "--target", "Lima")
+    assert code == 1
+    assert err.count("\n") == 1
+
+
 def test_looking_after_stores(folder, monkeypatch, capsys, tmp_path):
     """From a build of half the corpus to a merged, narrow, repaired store."""
 

@@ -1,6 +1,9 @@
 import pytest
 import torch
-from trackstar.curvature import choose_mixing, estimate_curvature
+from rich.console import Console
+from synthetic import make_store
+from trackstar.curvature import SecondMoment, choose_mixing, estimate_curvature
+from trackstar.spectrum import print_spectrum, spectrum_of
 
 
 def draw_rows(n=200, blocks=3, size=8, seed=0):
@@ -71,3 +74,53 @@ def test_with_few_queries_the_last_nonzero_component_decides():
 def test_mixing_stays_below_one():
     eigenvalues = torch.ones(1, 4, dtype=torch.float64)
     assert choose_mixing(torch.full((1, 1, 4), 1e-6), eigenvalues) == 0.99
+
+
+def test_doubts_name_few_rows_and_outliers():
+    rows = draw_rows(n=40)
+    moment = SecondMoment(3, 8)
+    for part in rows.split(7):
+        moment.add(part)
+    assert moment.doubts() is None
+    assert torch.equal(moment.reached, torch.tensor([40, 40, 40]))
+    squares = rows.double().square().sum(2)
+    torch.testing.assert_close(moment.largest_shares, squares.amax(0) / squares.sum(0), rtol=1e-6, atol=0)
+
+    rows[5:, 1] = 0  # five rows reach block 1
+    rows[3, 2] *= 1000
+    moment = SecondMoment(3, 8)
+    moment.add(rows)
+    doubts = moment.doubts()
+    assert "R_train is of 40 rows: it is rank-deficient in 1 of 3 blocks (as few as 5 rows for 8" in doubts
+    assert "one row holds 100% of the trace of block 2, and more than 50% in 1 of 3 blocks" in doubts
+    assert "\n" not in doubts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_spectrum_is_of_r_without_its_damping(tmp_path, dtype, monkeypatch):
+    """Of float rows and of rotated codes, a few at a time."""
+    monkeypatch.setattr("trackstar.spectrum.PIECE", 4 * 3 * 16 * 10)
+    rows = draw_rows(n=100, size=16)
+    rows[:, 1, 5:] = 0  # rank 5
+    rows[17, 2] *= 30
+    spectrum = spectrum_of(make_store(tmp_path / "s", [rows], dtype=dtype))
+    moment = torch.einsum("nbi,nbj->bij", rows.double(), rows.double()) / 100
+    values = torch.linalg.eigvalsh(moment)
+    assert spectrum.rank.tolist() == [16, 5, 16]
+    wanted = moment.square().sum((1, 2)) / values[:, -1].square()
+    torch.testing.assert_close(spectrum.stable_rank, wanted, rtol=1e-4, atol=0)
+    torch.testing.assert_close(spectrum.trace, values.sum(1), rtol=1e-4, atol=0)
+    delta = 0.1 * values.sum(1) / 16
+    damped = (values[:, -1] + delta) / (values[:, 0].clamp_min(0) + delta)
+    torch.testing.assert_close(spectrum.condition, damped, rtol=1e-4, atol=0)
+    squares = rows.double().square().sum(2)
+    tolerance = 1e-4 if dtype == "float32" else 0.02
+    torch.testing.assert_close(
+        spectrum.largest_share, squares.amax(0) / squares.sum(0), rtol=tolerance, atol=0
+    )
+    screen = Console(record=True, width=120, force_terminal=False)
+    print_spectrum(spectrum, screen)
+    text = screen.export_text()
+    assert "R_train, 3 blocks of 16" in text
+    assert "5 (block 1)" in text
+    assert f"{spectrum.largest_share[2]:.1%} (block 2)" in text

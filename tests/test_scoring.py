@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import trackstar_kernels as tk
 from trackstar_kernels import _C, scoring
 from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
+from trackstar_kernels.scoring._hessian import Hessian
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
 BACKENDS = ["reference", *NATIVE, *CUDA]
@@ -435,10 +436,82 @@ def test_queries_asked_in_batches_score_as_together(backend, mixing, Q):
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("asked", [range(2, 2), range(0, 4), range(-1, 2), range(0, 3, 2)])
-def test_asked_queries_must_be_some_of_the_task(asked):
-    with pytest.raises(ValueError, match=r"asked must be a range within 0 to 3 \(the queries\), got range"):
-        prepare_task(randn(3, 2, 4), 0.5, asked=asked)
+@pytest.mark.parametrize("name", ["asked", "task"])
+@pytest.mark.parametrize("part", [range(2, 2), range(0, 4), range(-1, 2), range(0, 3, 2)])
+def test_asked_queries_and_the_tasks_must_be_some_of_the_queries(name, part):
+    with pytest.raises(ValueError, match=rf"{name} must be a range within 0 to 3 \(the queries\), got range"):
+        prepare_task(randn(3, 2, 4), 0.5, **{name: part})
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize(("members", "others"), [(1, 1), (5, 3), (9, 6), (20, 3), (3, 40)])
+def test_a_task_of_other_queries(backend, mixing, members, others):
+    """R_task of queries that are not scored: in the form for few and for many, against dense float64.
+
+    Rows and queries that are of the task too, that lie in its span, and that are zero, included.
+    """
+    task = randn(members, 2, 16, seed=3)
+    if members > 1:
+        task[-1] = task[0]  # a singular Gram matrix
+    asked = randn(others, 2, 16, seed=4)
+    asked[0] = task.sum(0)
+    asked[-1] = 0 if others > 1 else asked[-1]
+    rows = torch.cat([randn(40, 2, 16, seed=1), task, asked])
+    queries = torch.cat([task, asked])
+    prepared = prepare_task(
+        queries, mixing, asked=range(members, len(queries)), task=range(members), backend=backend
+    )
+    scores, indices = prepared.topk(rows, squared_norms(rows), len(rows))
+    scores = scores.gather(1, indices.argsort(dim=1))
+    x, y, z = task.double(), rows.double(), asked.double()
+    inner = square_y = square_z = 0.0
+    for b in range(2):
+        hessian = mixing * x[:, b].T @ x[:, b] / members + (1 - mixing) * torch.eye(16, dtype=torch.float64)
+        inverse = torch.linalg.inv(hessian)
+        inner = inner + z[:, b] @ inverse @ y[:, b].T
+        square_y = square_y + ((y[:, b] @ inverse) * y[:, b]).sum(1)
+        square_z = square_z + ((z[:, b] @ inverse) * z[:, b]).sum(1)
+    norms = (square_z[:, None] * square_y).sqrt()
+    wanted = torch.where(norms == 0, 0, inner / norms)
+    # The reference solves with R itself, in float32.
+    assert (scores.double() - wanted).abs().max() <= (1e-4 if backend == "reference" else 1e-5)
+
+
+@pytest.mark.parametrize("mixing", [0.1, 0.9, 0.99, 0.99999])
+@pytest.mark.parametrize("members", [1, 7, 27])
+@pytest.mark.parametrize("other", [False, True])
+def test_the_forms_for_few_and_for_many_queries_are_one_result(mixing, members, other):
+    """In float64 to rounding, however near λ is to 1, and the kernel beside them."""
+    queries = 3 * randn(members + 4, 2, 32, seed=3)
+    rows = torch.cat([randn(40, 2, 32, seed=1), queries])
+    task = slice(0, members if other else None)
+    asked = slice(members, None) if other else slice(0, None)
+
+    def scores_of(hessian):
+        numerators = query_squares = row_squares = 0.0
+        for b, (factor, combine, squares) in enumerate(hessian.blocks()):
+            y = rows[:, b].double()
+            t = factor @ y.T
+            numerators, query_squares = numerators + combine @ t, query_squares + squares
+            row_squares = row_squares + hessian.base * y.square().sum(1) + hessian.sign * t.square().sum(0)
+        return numerators / (query_squares[:, None] * row_squares).sqrt()
+
+    class Dense(Hessian):
+        many = True
+
+    few = Hessian(queries, mixing, asked, task if other else None)
+    assert few.many == (members == 27)
+    wanted = scores_of(Dense(queries, mixing, asked, task))
+    assert (scores_of(few) - wanted).abs().max() < 1e-9 / (1 - mixing)
+    kernel = prepare_task(
+        queries,
+        mixing,
+        asked=range(*asked.indices(len(queries))[:2]),
+        task=range(*task.indices(len(queries))[:2]),
+        backend="cpu",
+    )
+    scores, indices = kernel.topk(rows, squared_norms(rows), len(rows))
+    assert (scores.gather(1, indices.argsort(dim=1)).double() - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("mixing", [0, 0.5])

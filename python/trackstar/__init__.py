@@ -14,11 +14,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from trackstar.append import append_store as append_store
     from trackstar.attribution import attribute as attribute
+    from trackstar.bergson import import_bergson as import_bergson
+    from trackstar.bergson import rows_from_bergson as rows_from_bergson
     from trackstar.build import build_store as build_store
     from trackstar.collector import GradientCollector as GradientCollector
     from trackstar.correction import Correction as Correction
     from trackstar.deletion import delete_rows as delete_rows
     from trackstar.errors import StoreError as StoreError
+    from trackstar.export import export_rows as export_rows
     from trackstar.merge import merge_stores as merge_stores
     from trackstar.passes import collect_rows as collect_rows
     from trackstar.patching import TailPatch as TailPatch
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from trackstar.store import open_store as open_store
     from trackstar.training import TrainerRows as TrainerRows
     from trackstar.verify import verify_store as verify_store
+    from trackstar.viewer import read_jsonl_results as read_jsonl_results
 
 _HOMES = {
     "Correction": "correction",
@@ -50,12 +54,16 @@ _HOMES = {
     "build_store": "build",
     "collect_rows": "passes",
     "delete_rows": "deletion",
+    "export_rows": "export",
+    "import_bergson": "bergson",
     "merge_stores": "merge",
     "open_store": "store",
     "print_result": "report",
+    "read_jsonl_results": "viewer",
     "reencode_store": "rewriting",
     "repair_store": "repair",
     "rewhiten_store": "rewriting",
+    "rows_from_bergson": "bergson",
     "tail_patch": "patching",
     "verify_store": "verify",
 }

@@ -10,10 +10,11 @@ from torch import nn
 from trackstar import fingerprint
 from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
-from trackstar.examples import EncodedQuery, check_queries, encode_queries
+from trackstar.examples import EncodedQuery, check_queries, encode_queries, encode_task
 from trackstar.lean import LeanPass
 from trackstar.losses import output_function
 from trackstar.passes import check_model, vocabulary_size
+from trackstar.progress import console
 from trackstar.queries import rows_of_queries
 from trackstar.result import Result
 from trackstar.scan import MEMORY, Found, Scan, plan_scan
@@ -21,6 +22,11 @@ from trackstar.selection import Where, select
 from trackstar.store import Store
 from trackstar.terms import with_terms
 from trackstar_kernels import encode_rows
+
+ONE_QUERY = (
+    "R_eval of one query has rank 1 in each block, so that it moves scores and hardly their order: ask several queries "
+    "together, give a task set, or leave R_eval out with mixing 0"
+)
 
 WHITENED_TOGETHER = 64
 """Queries that are whitened at a time: what that takes beside them is not to grow with their number."""
@@ -56,6 +62,7 @@ def score_rows(
     *,
     k: int,
     mixing: str | float = "auto",
+    task: torch.Tensor | None = None,
     largest: bool = True,
     where: Where = None,
     memory: int = MEMORY,
@@ -69,6 +76,7 @@ def score_rows(
         rows: (Q, L, d) float32 from :func:`query_rows`.
         k: examples per query, from 1 to as many as ``where`` leaves.
         mixing: λ in [0, 1), or "auto" for the paper's rule.
+        task: (T, L, d) float32, rows of other queries that make R_eval; None for ``rows``.
         largest: False for the lowest scores.
         where: which of the store's rows to look at, see :func:`attribute`.
         memory: bytes that the scan takes at most, see :func:`attribute`.
@@ -82,8 +90,9 @@ def score_rows(
         ValueError: an argument is out of range.
         StoreError: the store is incomplete or damaged.
     """
-    scan = _plan(store, len(rows), k, mixing, (largest,), where, memory, device, rescore)
-    (found,), used = _answer(scan, rows, mixing)
+    count = 0 if task is None else len(task)
+    scan = _plan(store, len(rows), count, k, mixing, (largest,), where, memory, device, rescore)
+    (found,), used = _answer(scan, rows, task, mixing)
     return found.scores, found.indices, used
 
 
@@ -95,6 +104,7 @@ def attribute(
     tokenizer: Any = None,
     k: int = 10,
     mixing: str | float = "auto",
+    task: Iterable[Mapping[str, Any]] | None = None,
     largest: bool = True,
     opponents: bool = False,
     where: Where = None,
@@ -108,8 +118,8 @@ def attribute(
     """The k training examples that most influenced the model's giving each query's target after its prompt.
 
     I(m, q) = Ḡ(m)·Ḡ(q), the cosine of whitened, corrected, projected gradients, with the mixed curvature
-    R = λ R_eval + (1 − λ) R_train and R_eval from these very queries: one scan of the store, exact for any λ.
-    An example or query without any gradient scores 0.
+    R = λ R_eval + (1 − λ) R_train and R_eval from these very queries, or from those of ``task``: one scan of the
+    store, exact for any λ. An example or query without any gradient scores 0.
 
     Args:
         store: a complete store, from :func:`build_store` or :func:`open_store`.
@@ -119,6 +129,7 @@ def attribute(
         tokenizer: the model's, for queries given as text.
         k: examples per query.
         mixing: λ in [0, 1), or "auto" for the paper's rule.
+        task: other queries, at least two, that make R_eval in place of those that are asked; with λ = 0 nothing does.
         largest: False for the opponents, the k lowest scores.
         opponents: find the lowest scores in the same scan, as ``result.opponents``.
         where: look at these rows alone: a range, indices, a boolean mask over all rows, ids, or a function of an
@@ -147,10 +158,13 @@ def attribute(
     Source: TrackStar, arXiv 2410.17413, sections 3 and 4.
     """
     encoded = encode_queries(queries, tokenizer)
+    others = [] if task is None else encode_task(task, tokenizer)
     directions = (True, False) if opponents else (largest,)
-    scan = _plan(store, len(encoded), k, mixing, directions, where, memory, device, rescore)
-    rows = query_rows(store, model, encoded, tokenizer=tokenizer, output=output)
-    found, used = _answer(scan, rows, mixing)
+    scan = _plan(store, len(encoded), len(others), k, mixing, directions, where, memory, device, rescore)
+    rows = query_rows(store, model, [*encoded, *others], tokenizer=tokenizer, output=output)
+    asked = rows[: len(encoded)]
+    shaping = rows[len(encoded) :] if others else None
+    found, used = _answer(scan, asked, shaping, mixing)
     results = [
         Result(
             best.scores,
@@ -165,13 +179,16 @@ def attribute(
         for best, largest in zip(found, directions, strict=True)
     ]
     if by_block or by_token:
-        results = [with_terms(r, model, rows, by_block=by_block, by_token=by_token) for r in results]
+        results = [
+            with_terms(r, model, asked, shaping, by_block=by_block, by_token=by_token) for r in results
+        ]
     return dataclasses.replace(results[0], opponents=results[1]) if opponents else results[0]
 
 
 def _plan(
     store: Store,
     queries: int,
+    others: int,
     k: int,
     mixing: str | float,
     directions: Sequence[bool],
@@ -197,6 +214,7 @@ def _plan(
         chosen,
         queries,
         k,
+        task=others,
         mixed=mixing != 0,
         directions=directions,
         memory=memory,
@@ -205,11 +223,16 @@ def _plan(
     )
 
 
-def _answer(scan: Scan, rows: torch.Tensor, mixing: str | float) -> tuple[list[Found], float]:
-    """What the scan finds in each direction for the queries' rows, and λ."""
-    curvature = scan.store.curvature
-    used = choose_mixing(rows, curvature.eigenvalues) if mixing == "auto" else float(mixing)
-    whitened = torch.empty_like(rows)
-    for part, out in zip(rows.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
+def _answer(
+    scan: Scan, rows: torch.Tensor, task: torch.Tensor | None, mixing: str | float
+) -> tuple[list[Found], float]:
+    """What the scan finds in each direction for the queries' rows, and λ; R_eval is the task's, if there is one."""
+    curvature, shaping = scan.store.curvature, rows if task is None else task
+    used = choose_mixing(shaping, curvature.eigenvalues) if mixing == "auto" else float(mixing)
+    if used > 0 and len(shaping) == 1:
+        console().print(ONE_QUERY, soft_wrap=True)
+    given = rows if task is None else torch.cat([rows, task])
+    whitened = torch.empty_like(given)
+    for part, out in zip(given.split(WHITENED_TOGETHER), whitened.split(WHITENED_TOGETHER), strict=True):
         out.copy_(encode_rows(part, curvature.whitener, "float32")[0])
-    return scan.run(whitened, used), used
+    return scan.run(whitened, used, None if task is None else range(len(rows), len(given))), used

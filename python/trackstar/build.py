@@ -19,7 +19,7 @@ from torch import nn
 from trackstar import fingerprint
 from trackstar.collector import GradientCollector
 from trackstar.correction import Correction
-from trackstar.curvature import DAMPING, Curvature, estimate_curvature
+from trackstar.curvature import DAMPING, Curvature, SecondMoment, damped_curvature
 from trackstar.durable import remove_folder
 from trackstar.examples import Encoded, check_vocabulary, encode_examples
 from trackstar.layout import CODES, WIDE, Layout
@@ -256,9 +256,12 @@ def _commit_curvature(build: _Build, writer: Writer, given: Curvature | None) ->
             examples = [build.examples[i] for i in indices[start:stop]]
             rows = rows_of(build.lean, examples, build.collector, on_batch=advance)
             write_staged(build.staged(number), rows.numpy())
-    numbers = range(len(chunks(build.sample, build.shard_rows)))
-    staged = (torch.from_numpy(read_staged(build.staged(number))) for number in numbers)
-    found = estimate_curvature(staged, *build.collector.row_shape, rotated=rotated)
+    moment = SecondMoment(*build.collector.row_shape)
+    for number in range(len(chunks(build.sample, build.shard_rows))):
+        moment.add(torch.from_numpy(read_staged(build.staged(number))))
+    found = damped_curvature(moment.mean, rotated=rotated)
+    if (doubts := moment.doubts()) is not None:
+        console().print(f"warning: {doubts}", soft_wrap=True)
     writer.commit(replace(writer.manifest, curvature=write_curvature(build.path, found)))
     if build.sampled:
         remove_folder(build.path / "staging")

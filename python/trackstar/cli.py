@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_evaluate, cli_plan, cli_stores, cli_tail_patch
+from trackstar import cli_evaluate, cli_exchange, cli_factors, cli_plan, cli_stores, cli_tail_patch
 from trackstar.cli_options import (
     AlsoOption,
     BlocksOption,
@@ -96,6 +96,10 @@ def query(
     mixing: Annotated[
         str, typer.Option(help='λ from 0 to below 1, or "auto" for the paper\'s rule.')
     ] = "auto",
+    task: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of other queries that make R_eval, in place of those that are asked."),
+    ] = None,
     opponents: Annotated[bool, typer.Option("--opponents", help="Also the lowest scores.")] = False,
     blocks: Annotated[
         bool, typer.Option("--blocks", help="Show the layer blocks that each score mostly comes from.")
@@ -157,6 +161,7 @@ def query(
         tokenizer=tokenizer,
         k=k,
         mixing=share,
+        task=None if task is None else read_jsonl(task, "--task"),
         opponents=opponents,
         where=chosen,
         by_block=blocks,
@@ -173,17 +178,35 @@ def query(
 
 
 @app.command()
-def info(store: StoreArgument) -> None:
+def info(
+    store: StoreArgument,
+    curvature: Annotated[
+        bool,
+        typer.Option("--curvature", help="Its R_train instead: ranks, spectrum, outliers. Reads all rows."),
+    ] = False,
+) -> None:
     """Describe a store."""
     from trackstar.store import open_store
 
     opened = open_store(store)
     typer.echo(f"{opened}")
+    if curvature:
+        from trackstar.spectrum import print_spectrum, spectrum_of
+
+        print_spectrum(spectrum_of(opened))
+        return
     typer.echo(json.dumps(opened.identity | {"data": opened.parts}, indent=2))
 
 
-for command in (cli_plan.plan, cli_evaluate.evaluate, cli_tail_patch.tail_patch, *cli_stores.COMMANDS):
-    app.command()(command)
+for command in (
+    cli_plan.plan,
+    cli_evaluate.evaluate,
+    cli_tail_patch.tail_patch,
+    *cli_stores.COMMANDS,
+    *cli_factors.COMMANDS,
+    *cli_exchange.COMMANDS,
+):
+    app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
 
 
 def _correction(

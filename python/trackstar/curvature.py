@@ -16,6 +16,9 @@ MIXING_COMPONENT = 1000 / 65536
 
 MAX_MIXING = 0.99
 
+DOMINANT = 0.5
+"""Part of a block's trace that a single row may hold without a warning."""
+
 ROTATION_SEED = 0
 """Seed of the rotation of narrow stores' whiteners."""
 
@@ -81,6 +84,58 @@ def accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:
         total[b] += block.T @ block
 
 
+class SecondMoment:
+    """Mean of x xᵀ in each block over rows that come chunk by chunk, and what makes it untrustworthy.
+
+    Attributes:
+        count: rows so far.
+        reached: rows so far that are not zero in each block, (L,) int64.
+        largest: ‖x‖² of each block's longest row so far, (L,) float64.
+    """
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self._total = torch.zeros(blocks, size, size, dtype=torch.float64)
+        self.count = 0
+        self.reached = torch.zeros(blocks, dtype=torch.int64)
+        self.largest = torch.zeros(blocks, dtype=torch.float64)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take in rows (n, L, d) float32."""
+        accumulate(self._total, rows)
+        self.count += len(rows)
+        squares = rows.square().sum(2).double()
+        self.reached += (squares > 0).sum(0)
+        self.largest = torch.maximum(self.largest, squares.amax(0)) if len(rows) else self.largest
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(L, d, d) float64, a copy."""
+        return self._total / max(self.count, 1)
+
+    @property
+    def largest_shares(self) -> torch.Tensor:
+        """The longest row's part of the trace of each block, (L,) float64."""
+        return self.largest / self._total.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)
+
+    def doubts(self) -> str | None:
+        """What to warn of, in a line: too few rows for the dimensions, or one row that outweighs all others."""
+        blocks, size = self._total.shape[:2]
+        found = []
+        if (self.reached < size).any():
+            thin = int((self.reached < size).sum())
+            found.append(
+                f"it is rank-deficient in {thin} of {blocks} blocks (as few as {int(self.reached.min())} rows for "
+                f"{size} dimensions), where damping decides in what is left; take more examples or a smaller sketch"
+            )
+        shares = self.largest_shares
+        if self.count > 1 and (shares > DOMINANT).any():
+            found.append(
+                f"one row holds {shares.max():.0%} of the trace of block {int(shares.argmax())}, and more than "
+                f"{DOMINANT:.0%} in {int((shares > DOMINANT).sum())} of {blocks} blocks; look for an outlier"
+            )
+        return f"R_train is of {self.count} rows: {'; '.join(found)}" if found else None
+
+
 def estimate_curvature(
     chunks: Iterable[torch.Tensor], blocks: int, size: int, *, rotated: bool = False, damping: float = DAMPING
 ) -> Curvature:
@@ -89,12 +144,10 @@ def estimate_curvature(
     Raises:
         ValueError: a block is zero in every row, so that nothing can be whitened in it.
     """
-    total = torch.zeros(blocks, size, size, dtype=torch.float64)
-    count = 0
+    moment = SecondMoment(blocks, size)
     for rows in chunks:
-        accumulate(total, rows)
-        count += len(rows)
-    return damped_curvature(total.div_(max(count, 1)), rotated=rotated, damping=damping)
+        moment.add(rows)
+    return damped_curvature(moment.mean, rotated=rotated, damping=damping)
 
 
 def damped_curvature(moment: torch.Tensor, *, rotated: bool, damping: float = DAMPING) -> Curvature:

@@ -39,6 +39,26 @@ def new_folder(final: Path, size: int) -> Iterator[Path]:
     sync(final.parent)
 
 
+@contextlib.contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """A temporary name that becomes the file ``final``, durably and atomically, if the block ends without an error.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    make_folder(final.parent)
+    temporary = final.with_name(final.name + ".new")
+    try:
+        with naming(temporary):
+            yield temporary
+            sync(temporary)
+            temporary.replace(final)
+            sync(final.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def replace_file(file: Path, content: bytes) -> None:
     """Replace a file atomically and durably.
 

@@ -217,6 +217,24 @@ def check_queries(queries: Sequence[EncodedQuery], vocabulary: int) -> None:
             _check_ids(sequence, vocabulary, f"queries[{i}]")
 
 
+def encode_task(task: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[EncodedQuery]:
+    """Queries, as for :func:`encode_queries`, that are to make R_eval of others.
+
+    Raises:
+        ValueError: there are fewer than two, or one is no query.
+        TypeError: one is not a mapping.
+    """
+    given = list(task)
+    if len(given) < 2:
+        raise ValueError(
+            f"task must hold at least two queries, got {len(given)}: R_eval would be of rank {len(given)}"
+        )
+    try:
+        return encode_queries(given, tokenizer)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"task: {error}") from None
+
+
 def check_vocabulary(encoded: Sequence[Encoded], vocabulary: int, name: str) -> None:
     """Require every token id to be one of the model's.
 

@@ -87,38 +87,44 @@ class Scan:
     device: torch.device
     rescore: bool
 
-    def run(self, queries: torch.Tensor, mixing: float) -> list[Found]:
+    def run(self, queries: torch.Tensor, mixing: float, task: range | None = None) -> list[Found]:
         """The k best of the chosen rows for each query, in each direction.
 
         A pure function of the queries and the chosen rows: what scans of the single shards find, put together
         with ``merge_topk``, is what a scan of the whole store finds.
 
         Args:
-            queries: (Q, L, d) float32, whitened, as many as were planned for.
+            queries: (Q, L, d) float32, whitened, as many as were planned for, and those of another task behind them.
             mixing: λ.
+            task: positions of the other task's queries, which make R_eval; None where all are asked and make it.
 
         Raises:
             StoreError: a shard is damaged.
         """
         with track("scanning", len(self.chosen) * len(self.batches), passing=True) as advance:
-            passes = [self._pass(queries, mixing, batch, advance) for batch in self.batches]
+            passes = [self._pass(queries, mixing, batch, task, advance) for batch in self.batches]
         return [Found.of_batches(parts) for parts in zip(*passes, strict=True)]
 
     def _pass(
-        self, queries: torch.Tensor, mixing: float, batch: range, advance: Callable[[int], None]
+        self,
+        queries: torch.Tensor,
+        mixing: float,
+        batch: range,
+        task: range | None,
+        advance: Callable[[int], None],
     ) -> list[Found]:
         """What is found for one batch."""
-        task = prepare_task(queries.to(self.device), mixing, asked=batch)
+        prepared = prepare_task(queries.to(self.device), mixing, asked=batch, task=task)
         best = [_Best(self.k, largest) for largest in self.directions]
         choice = _Choice(possible=self.rescore, codes=self.device.type == "cpu")
         rescored = 0
         with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows, choice.wide)) as pieces:
             for piece, codes, scales, squared_norms in _on_device(pieces, self.device):
                 if self.rescore and not piece.wide:
-                    found, count = self._rescored(task, piece, best)
+                    found, count = self._rescored(prepared, piece, best)
                     choice.learn(len(piece), count)
                 else:
-                    found = self._scored(task, codes, scales, squared_norms)
+                    found = self._scored(prepared, codes, scales, squared_norms)
                     count = len(piece) if piece.wide else 0
                     choice.seen += len(piece)
                 for one, (scores, positions) in zip(best, found, strict=True):
@@ -130,8 +136,8 @@ class Scan:
             return [Found(*one, rescored=torch.full((len(batch),), rescored)) for one in found]
         if self.store.layout.narrow:
             if self.device.type != "cpu":
-                task = prepare_task(queries, mixing, asked=batch)
-            return [Found(*one, bounds=self._bounds(task, one[1])) for one in found]
+                prepared = prepare_task(queries, mixing, asked=batch, task=task)
+            return [Found(*one, bounds=self._bounds(prepared, one[1])) for one in found]
         return [Found(*one) for one in found]
 
     def _scored(
@@ -226,6 +232,7 @@ def plan_scan(
     queries: int,
     k: int,
     *,
+    task: int = 0,
     mixed: bool = True,
     directions: Sequence[bool] = (True,),
     memory: int = MEMORY,
@@ -239,6 +246,7 @@ def plan_scan(
         chosen: the rows to look at.
         queries: Q.
         k: rows per query, 1 ≤ k ≤ len(chosen).
+        task: queries of another task that make R_eval, if it is not those that are asked.
         mixed: whether λ > 0.
         directions: see :class:`Scan`.
         memory: bytes.
@@ -253,13 +261,28 @@ def plan_scan(
     copies = (2 if len(chosen.starts) == 1 else 3) + (0 if device.type == "cpu" else 2)
     layout = store.layout if rescore else dataclasses.replace(store.layout, wide=None)
     found = fit_scan(
-        layout, queries, k, mixed=mixed, directions=len(directions), copies=copies, memory=memory
+        layout,
+        queries,
+        k,
+        task=task,
+        mixed=mixed,
+        directions=len(directions),
+        copies=copies,
+        memory=memory,
     )
     return Scan(store, chosen, k, directions, *found, device, layout.wide is not None)
 
 
 def fit_scan(
-    layout: Layout, queries: int, k: int, *, mixed: bool, directions: int, copies: int, memory: int
+    layout: Layout,
+    queries: int,
+    k: int,
+    *,
+    mixed: bool,
+    directions: int,
+    copies: int,
+    memory: int,
+    task: int = 0,
 ) -> tuple[list[range], int, int]:
     """Batches, rows of a piece, and bytes of a scan: see :class:`Scan` and :func:`plan_scan`.
 
@@ -271,6 +294,7 @@ def fit_scan(
         directions: 2 where highest and lowest scores are found.
         copies: of a piece's rows that are in memory at a time.
         memory: bytes.
+        task: queries of another task.
     """
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
@@ -282,12 +306,13 @@ def fit_scan(
     per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
     fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
     per_row = 0
+    known = queries + task
     # Bounds of narrow rows are those of a task, whatever λ.
     if mixed or layout.narrow:
-        rank = d if 7 * d < 8 * queries else queries
-        fixed += 4 * L * (rank + 32) * d + 192 * rank * threads + 8 * (6 * rank**2 + 2 * queries * d)
+        rank = d if 7 * d < 8 * known else known
+        fixed += 4 * L * (rank + 32) * d + 192 * rank * threads + 8 * (6 * rank**2 + 2 * known * d)
         per_query += 4 * (L + 3) * (rank + 16)  # vectors are padded to whole panels
-        per_row += 24 * (queries + d)
+        per_row += 24 * (known + d)
     if not mixed:
         per_query += 20 * L * d
         per_row += 4 * L

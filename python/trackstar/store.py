@@ -172,6 +172,15 @@ class Store:
             start, number = shard.stop, number + 1
         return torch.cat(parts)
 
+    def to_numpy(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """:meth:`rows` start ≤ i < stop, all of them by default, as an array (n, L, d) float32.
+
+        Raises:
+            IndexError: the range is not within the store.
+            StoreError: a shard is damaged.
+        """
+        return self.rows(start, self.end if stop is None else stop).numpy()
+
     def indices_of(self, ids: Iterable[str]) -> list[int]:
         """Indices of the rows with these ids, ascending, the deleted ones left out; every id's, if it has several.
 

@@ -46,14 +46,21 @@ class Terms:
 
 
 def with_terms(
-    result: Result, model: nn.Module, rows: torch.Tensor, *, by_block: bool, by_token: bool
+    result: Result,
+    model: nn.Module,
+    rows: torch.Tensor,
+    task: torch.Tensor | None = None,
+    *,
+    by_block: bool,
+    by_token: bool,
 ) -> Result:
     """The result of a scan, with what its scores are sums of.
 
     Args:
         result: of a store.
         model: the model that the store was built with.
-        rows: all the task's queries', (Q, L, d) float32, not whitened.
+        rows: those of the queries that were asked, (Q, L, d) float32, not whitened.
+        task: rows of the queries that make R_eval, where these are others.
         by_block: fill in ``blocks`` and ``by_block``.
         by_token: fill in ``by_token``; runs the model over the examples found.
 
@@ -64,8 +71,10 @@ def with_terms(
     store, mixing = result.corpus, result.mixing
     if not isinstance(store, Store) or mixing is None:
         raise TypeError("result must be of a scan of a store")
-    queries, _, _ = encode_rows(rows, store.curvature.whitener, "float32")
-    terms = block_terms(store, queries, mixing, result.indices)
+    whitener = store.curvature.whitener
+    queries, _, _ = encode_rows(rows, whitener, "float32")
+    others = None if task is None else encode_rows(task, whitener, "float32")[0]
+    terms = block_terms(store, queries, mixing, result.indices, others)
     if by_block:
         names = store.spec.block_names(model)
         result = dataclasses.replace(result, blocks=names, by_block=terms.by_block.float())
@@ -74,14 +83,21 @@ def with_terms(
     return result
 
 
-def block_terms(store: Store, queries: torch.Tensor, mixing: float, indices: torch.Tensor) -> Terms:
+def block_terms(
+    store: Store,
+    queries: torch.Tensor,
+    mixing: float,
+    indices: torch.Tensor,
+    task: torch.Tensor | None = None,
+) -> Terms:
     """Each block's term of the scores of pairs; reads the rows of these examples alone. Float64 throughout.
 
     Args:
         store: the store.
-        queries: all the task's whitened rows, (Q, L, d) float32.
+        queries: whitened rows of those that were asked, (Q, L, d) float32.
         mixing: λ.
         indices: (Q, k) int64, examples of the store for each query.
+        task: whitened rows of the queries that make R_eval, where these are others.
 
     Raises:
         StoreError: a shard is damaged.
@@ -99,7 +115,7 @@ def block_terms(store: Store, queries: torch.Tensor, mixing: float, indices: tor
         of_queries, of_rows = (torch.zeros(n, dtype=torch.float64) for n in (Q, len(rows)))
         for b in range(L):
             asked, y = queries[:, b].double(), rows[:, b].double()
-            inverse = _MixedInverse(asked, mixing)
+            inverse = _MixedInverse(asked if task is None else task[:, b].double(), mixing)
             direction = inverse.times(asked)
             directions[:, b] = direction
             terms[query, rank, b] = (direction[query] * y[row]).sum(1)

@@ -55,10 +55,11 @@ class TaskBounds:
     @classmethod
     def of(cls, hessian: Hessian) -> "TaskBounds":
         """Those of the queries that are asked."""
-        Q, L, d = hessian.queries.shape
-        asked = hessian.asked
+        _, L, d = hessian.queries.shape
         unit = 2.0**-24 * (512 + d / 128 + 2 * L + hessian.rank / 128)  # roundings one after another
-        reach, largest, squares = (hessian.queries.new_zeros(Q, dtype=torch.float64) for _ in range(3))
+        reach, largest, squares = (
+            hessian.queries.new_zeros(hessian.count, dtype=torch.float64) for _ in range(3)
+        )
         frobenius = 0.0
         for factor, combine, square in hessian.blocks():
             norms = factor.norm(dim=1)
@@ -69,8 +70,8 @@ class TaskBounds:
         weights = inverse_root(squares)
         spread = unit * frobenius * abs(hessian.sign) ** 0.5
         return cls(
-            reach=(reach.sqrt() * weights)[asked],
-            rounding=(2 * unit * L**0.5 * largest * weights)[asked],
+            reach=reach.sqrt() * weights,
+            rounding=2 * unit * L**0.5 * largest * weights,
             slack=2 * spread + spread**2 + 2 * unit,
         )
 

@@ -56,9 +56,11 @@ def _score_ends(
     return [(scores, indices.add_(start)) for scores, indices in results]
 
 
-def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> PreparedTask:
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice, task: slice | None) -> PreparedTask:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return _CosineTask(queries[asked]) if mixing == 0 else _MixedTask(queries, mixing, asked)
+    if mixing == 0:
+        return _CosineTask(queries[asked])
+    return _MixedTask(Hessian(queries, mixing, asked, task))
 
 
 def rescored_topk(
@@ -98,7 +100,7 @@ class _CosineTask(CosineTask):
 
     @functools.cached_property
     def _mixed(self) -> "_MixedTask":
-        return _MixedTask(self.queries, 0.0, slice(None))
+        return _MixedTask(Hessian(self.queries, 0.0, slice(None)))
 
     def rescored(
         self,
@@ -122,11 +124,11 @@ class _CosineTask(CosineTask):
 class _MixedTask(PreparedTask):
     """λ > 0: the inverse Hessian's factors, laid out for the kernels."""
 
-    def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
-        self.hessian = Hessian(queries, mixing, asked)
-        Q, L, d = queries.shape
+    def __init__(self, hessian: Hessian) -> None:
+        self.hessian = hessian
+        _, L, d = hessian.queries.shape
         self.panels = _C.Task(
-            Q=len(queries[asked]),
+            Q=hessian.count,
             L=L,
             d=d,
             rank=self.hessian.rank,
@@ -134,12 +136,12 @@ class _MixedTask(PreparedTask):
             sign=self.hessian.sign,
             trusted=self.hessian.trusted,
         )
-        squares = torch.zeros(Q, dtype=torch.float64)
-        for block, (factor, combine, square) in enumerate(self.hessian.blocks()):
-            factor, combine = factor.float().contiguous(), combine[asked].float().contiguous()
+        squares = torch.zeros(hessian.count, dtype=torch.float64)
+        for block, (factor, combine, square) in enumerate(hessian.blocks()):
+            factor, combine = factor.float().contiguous(), combine.float().contiguous()
             self.panels.set_block(b=block, factors=factor.data_ptr(), combine=combine.data_ptr())
             squares += square
-        weights = inverse_root(squares[asked]).float()
+        weights = inverse_root(squares).float()
         self.panels.set_weights(weights.data_ptr())
 
     def scan(
@@ -154,7 +156,7 @@ class _MixedTask(PreparedTask):
         hessian, narrow = self.hessian, rows.dtype in NARROW
         rows, squared_norms = _readable(rows), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-        results = [_results(len(hessian.queries[hessian.asked]), k) for _ in ends]
+        results = [_results(hessian.count, k) for _ in ends]
         doubtful = torch.empty(len(rows), dtype=torch.bool)
         _C.mixed_topk(
             task=self.panels,
@@ -201,7 +203,7 @@ class _MixedTask(PreparedTask):
         """What scores of narrow rows are made of: numerators (n, Q), squares (n,) and inner products (n,)."""
         codes = _readable(codes)
         scales = None if scales is None else scales.expand(codes.shape[:2]).contiguous()
-        numerators = torch.empty(len(codes), len(self.hessian.queries[self.hessian.asked]))
+        numerators = torch.empty(len(codes), self.hessian.count)
         squares, inner = (torch.empty(len(codes), dtype=torch.float64) for _ in range(2))
         _C.mixed_parts(
             task=self.panels,

@@ -57,27 +57,30 @@ def _score_ends(
     return [score_topk(queries, rows, k, scales, largest, start) for largest in ends]
 
 
-def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> PreparedTask:
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice, task: slice | None) -> PreparedTask:
     """See :func:`trackstar_kernels.scoring.prepare_task`; scales of a call are (N, L), (N, 1) or None."""
-    return CosineTask(queries[asked], _score_ends) if mixing == 0 else _MixedTask(queries, mixing, asked)
+    if mixing == 0:
+        return CosineTask(queries[asked], _score_ends)
+    # A block's factors share an exponent (see _operands.py), so they must be of one size.
+    return _MixedTask(Hessian(queries, mixing, asked, task, uneven=False))
 
 
 class _MixedTask(PreparedTask):
     """λ > 0: the inverse Hessian's factors."""
 
-    def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
-        self.hessian = Hessian(queries, mixing, asked)
-        Q, L, d = queries.shape
-        rank, self.count = self.hessian.rank, len(queries[asked])
+    def __init__(self, hessian: Hessian) -> None:
+        self.hessian = hessian
+        queries, (_, L, d) = hessian.queries, hessian.queries.shape
+        rank, self.count = hessian.rank, hessian.count
         self.columns = _columns(max(self.count, rank))
         self.factors = queries.new_empty(rank, L, d)
         combine = queries.new_zeros(self.count, L, -(-rank // self.columns) * self.columns)
-        squares = queries.new_zeros(Q, dtype=torch.float64)
-        for block, (factor, combined, square) in enumerate(self.hessian.blocks()):
+        squares = queries.new_zeros(self.count, dtype=torch.float64)
+        for block, (factor, combined, square) in enumerate(hessian.blocks()):
             self.factors[:, block] = factor
-            combine[:, block, :rank] = combined[asked]
+            combine[:, block, :rank] = combined
             squares += square
-        combine *= inverse_root(squares[asked])[:, None, None]
+        combine *= inverse_root(squares)[:, None, None]
         # Of every eight numbers a lane has two neighbours, and those with even index come first.
         combine = combine.unflatten(2, (-1, 4, 2)).mT.reshape(self.count, -1, self.columns)
         self.combine = operand(combine, torch.float32, self.columns)

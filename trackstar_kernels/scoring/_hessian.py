@@ -6,6 +6,13 @@ With x the queries of a block as rows, c = λ / ((1 − λ)·Q), and every term 
     many queries:  C Cᵀ = I + c·xᵀ x (d × d)    factor = C⁻¹      combine = x C⁻ᵀ    yᵀ R⁻¹ y = ‖t‖²
 
 where t = factor · y, and x R⁻¹ y = combine · t in both.
+
+A query that is not of the task, z, goes into the second form as z C⁻ᵀ. For the first one, let the rows of V be an
+orthonormal basis of the task's span, in which xᵀ x is diag(S), and r = z − z Vᵀ V: then
+
+    factor = √(S / (1 + c·S)) V, and s·r below it        combine = z Vᵀ / √(S (1 + c·S)), and 1/s beside it
+
+with s so small that what s·r adds to ‖t‖² is lost in rounding.
 """
 
 import dataclasses
@@ -23,35 +30,63 @@ TRUSTED_SQUARE = 0.05**2
 
 SCRATCH = 64 * 2**20  # bytes of working memory for doing that
 
+HIDDEN = 2.0**-20  # what queries outside of the task may add to √c·‖t‖, as a part of ‖y‖
+
+NEGLIGIBLE = 1e-12  # eigenvalues of the task's Gram matrix below this part of the largest are rounding
+
 Found = tuple[torch.Tensor, torch.Tensor]
 """Scores (Q, k) and indices (Q, k)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hessian:
-    """Of all ``queries`` (Q, L, d), of which those ``asked`` are scored."""
+    """Of ``queries`` (Q, L, d): those ``asked`` are scored, those of ``task``, None for all, make R_task.
+
+    Attributes:
+        queries: whitened, float32.
+        mixing: λ.
+        asked: a slice of the queries.
+        task: a slice of the queries, or None.
+        uneven: whether a backend's factors may differ in size by as much as :data:`HIDDEN`.
+    """
 
     queries: torch.Tensor
     mixing: float
     asked: slice
+    task: slice | None = None
+    uneven: bool = True
+
+    @property
+    def count(self) -> int:
+        """Queries that are scored."""
+        return len(self.queries[self.asked])
+
+    @property
+    def members(self) -> int:
+        """Queries that make R_task."""
+        return len(self.queries[self.task or slice(None)])
 
     @property
     def coupling(self) -> float:
-        """λ / ((1 − λ)·Q)."""
-        return self.mixing / ((1 - self.mixing) * len(self.queries))
+        """λ / ((1 − λ)·Q), Q being the task's queries."""
+        return self.mixing / ((1 - self.mixing) * self.members)
 
     @property
     def many(self) -> bool:
         """Whether the d × d form is used: a little before Q = d, where few directions are left outside the
         queries' span, so that ‖y‖² − c·‖t‖² would cancel for nearly every row.
         """
-        Q, _, d = self.queries.shape
-        return 7 * d < 8 * Q
+        return 7 * self.queries.shape[2] < 8 * self._few or (self.task is not None and not self.uneven)
+
+    @property
+    def _few(self) -> int:
+        """R in the form for few queries."""
+        return self.members + (0 if self.task is None else self.count)
 
     @property
     def rank(self) -> int:
         """r, the length of t."""
-        return self.queries.shape[2] if self.many else len(self.queries)
+        return self.queries.shape[2] if self.many else self._few
 
     @property
     def base(self) -> float:
@@ -69,17 +104,41 @@ class Hessian:
         return TRUSTED_SQUARE if self.many else TRUSTED_DIFFERENCE
 
     def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """For each block factor (r, d), combine (Q, r) and xᵀ R⁻¹ x (Q,), float64."""
-        for x in (block.double() for block in self.queries.unbind(1)):
+        """For each block factor (r, d), and of the queries asked combine (q, r) and xᵀ R⁻¹ x (q,); float64."""
+        for block in self.queries.unbind(1):
+            x, asked = block[self.task or slice(None)].double(), block[self.asked].double()
+            if self.task is not None and not self.many:
+                yield self._of_others(x, asked)
+                continue
             gram = x.T @ x if self.many else x @ x.T
             identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
             cholesky = torch.linalg.cholesky(identity + self.coupling * gram)
             inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
             if self.many:
-                combine = x @ inverse.T
+                combine = asked @ inverse.T
                 yield inverse, combine, combine.square().sum(1)
             else:
-                yield inverse @ x, inverse.T, (inverse * (inverse @ gram)).sum(0)
+                squares = (inverse * (inverse @ gram)).sum(0)
+                yield inverse @ x, inverse.T[self.asked], squares[self.asked]
+
+    def _of_others(
+        self, x: torch.Tensor, asked: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What :meth:`blocks` yields for ``asked`` (q, d) under the task of ``x`` (Q, d), fewer than dimensions."""
+        strength, vectors = torch.linalg.eigh(x @ x.T)
+        kept = strength > NEGLIGIBLE * strength[-1]
+        strength = torch.where(kept, strength, 1)
+        basis = torch.where(kept, vectors * strength.rsqrt(), 0).T @ x
+        damped = 1 + self.coupling * strength
+        along = asked @ basis.T
+        rest = asked - along @ basis
+        size = rest.square().sum(1)
+        # Powers of two, so that s · (1/s) = 1 whatever the dtype.
+        most = HIDDEN * inverse_root(self.coupling * len(asked) * size)
+        small = torch.where(most == 0, 1, torch.exp2(most.log2().floor()))
+        factor = torch.cat([(strength / damped).sqrt()[:, None] * basis, small[:, None] * rest])
+        combine = torch.cat([along * (strength * damped).rsqrt(), torch.diag(1 / small)], dim=1)
+        return factor, combine, (along.square() / damped).sum(1) + size
 
     def rescored(
         self,
@@ -102,8 +161,8 @@ class Hessian:
             return found
         known = min(k, len(rows) - len(redo))
         scores, indices = found[0][:, :known], found[1][:, :known]
-        Q, _, d = self.queries.shape
-        for positions in redo.split(max(1, SCRATCH // (8 * (3 * Q + 3 * d)))):
+        sizes = self.count + self.rank + 3 * self.queries.shape[2]
+        for positions in redo.split(max(1, SCRATCH // (8 * sizes))):
             norms = None if squared_norms is None else squared_norms[positions]
             precise = self._precise_scores(rows, scales, positions, norms)
             parts = [(scores, indices), (precise, positions.expand_as(precise))]
@@ -118,9 +177,9 @@ class Hessian:
         squared_norms: torch.Tensor | None,
     ) -> torch.Tensor:
         """Scores of the rows at ``positions``, in float64; ``squared_norms`` are theirs."""
-        Q, n = len(self.queries), len(positions)
-        numerators = self.queries.new_zeros(Q, n, dtype=torch.float64)
-        query_squares = self.queries.new_zeros(Q, dtype=torch.float64)
+        q, n = self.count, len(positions)
+        numerators = self.queries.new_zeros(q, n, dtype=torch.float64)
+        query_squares = self.queries.new_zeros(q, dtype=torch.float64)
         row_squares = self.queries.new_zeros(n, dtype=torch.float64)
         kept = self.queries.new_zeros(n, dtype=torch.float64)
         for block, (factor, combine, square) in enumerate(self.blocks()):
@@ -135,8 +194,7 @@ class Hessian:
             row_squares += self.base * squares + self.sign * t.square().sum(0)
         if squared_norms is not None:
             row_squares += (squared_norms.double().sum(1) - kept).clamp_min(0)
-        scores = numerators * inverse_root(query_squares)[:, None] * inverse_root(row_squares)
-        return scores[self.asked].float()
+        return (numerators * inverse_root(query_squares)[:, None] * inverse_root(row_squares)).float()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,13 +29,16 @@ def mixed_topk(
     scales: torch.Tensor | None,
     largest: bool,
     start: int,
+    task: slice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`trackstar_kernels.mixed_topk`. Takes the norms of float rows from the rows."""
-    Q, _, d = queries.shape
+    d = queries.shape[2]
     narrow = rows.dtype in NARROW
     rows = decode_rows(rows, scales, d, queries.dtype)
     x, y = queries.transpose(0, 1), rows.transpose(0, 1)  # (L, Q, d), (L, N, d)
-    hessian = mixing * x.mT @ x / Q + (1 - mixing) * torch.eye(d, dtype=x.dtype, device=x.device)
+    members = x[:, task or slice(None)]
+    moment = members.mT @ members / members.shape[1]
+    hessian = mixing * moment + (1 - mixing) * torch.eye(d, dtype=x.dtype, device=x.device)
     # Not torch.linalg.solve: on several threads, torch 2.13's fails for batches of large matrices.
     cholesky = torch.linalg.cholesky(hessian)
     solved_x = torch.cholesky_solve(x.mT, cholesky).mT
@@ -53,8 +56,8 @@ def mixed_topk(
 class _Task(PreparedTask):
     """Nothing is prepared: every call computes everything."""
 
-    def __init__(self, queries: torch.Tensor, mixing: float, asked: slice) -> None:
-        self.queries, self.mixing, self.asked = queries, mixing, asked
+    def __init__(self, queries: torch.Tensor, mixing: float, asked: slice, task: slice | None) -> None:
+        self.queries, self.mixing, self.asked, self.task = queries, mixing, asked, task
 
     def scan(
         self,
@@ -66,13 +69,13 @@ class _Task(PreparedTask):
         start: int,
     ) -> list[Found]:
         arrays = self.queries, rows, squared_norms, k, self.mixing, scales
-        found = [mixed_topk(*arrays, largest, start) for largest in ends]
+        found = [mixed_topk(*arrays, largest, start, self.task) for largest in ends]
         return [(scores[self.asked], indices[self.asked]) for scores, indices in found]
 
 
-def prepare_task(queries: torch.Tensor, mixing: float, asked: slice) -> PreparedTask:
+def prepare_task(queries: torch.Tensor, mixing: float, asked: slice, task: slice | None) -> PreparedTask:
     """See :func:`trackstar_kernels.scoring.prepare_task`."""
-    return _Task(queries, mixing, asked)
+    return _Task(queries, mixing, asked, task)
 
 
 def rescored_topk(

@@ -16,7 +16,12 @@ from trackstar_kernels.scoring._hessian import Found, PreparedTask, WiderRows
 
 
 def prepare_task(
-    queries: torch.Tensor, mixing: float, *, asked: range | None = None, backend: str | None = None
+    queries: torch.Tensor,
+    mixing: float,
+    *,
+    asked: range | None = None,
+    task: range | None = None,
+    backend: str | None = None,
 ) -> "Task":
     """What :func:`mixed_topk` has to compute of its queries alone, once for any number of calls.
 
@@ -25,18 +30,22 @@ def prepare_task(
         mixing: λ, 0 ≤ λ < 1.
         asked: positions of the queries that are scored, consecutive; None for all. The others shape R_task alike, so
             that batches of a task's queries have the scores that they have together.
+        task: positions of the queries that make R_task, consecutive; None for all. The others are scored alone, under
+            a Hessian that they have no part in.
         backend: None, "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: the shape, mixing, asked or the backend is wrong, or queries are not finite.
+        ValueError: the shape, mixing, asked, task or the backend is wrong, or queries are not finite.
     """
     check_task(queries, mixing)
     asked = range(len(queries)) if asked is None else asked
-    if not (0 <= asked.start < asked.stop <= len(queries) and asked.step == 1):
-        raise ValueError(f"asked must be a range within 0 to {len(queries)} (the queries), got {asked}")
+    for name, part in (("asked", asked), ("task", task)):
+        if part is not None and not (0 <= part.start < part.stop <= len(queries) and part.step == 1):
+            raise ValueError(f"{name} must be a range within 0 to {len(queries)} (the queries), got {part}")
+    parts = (None if part is None else slice(part.start, part.stop) for part in (asked, task))
     with torch.no_grad():
-        return Task(queries, prepare(queries, float(mixing), backend, slice(asked.start, asked.stop)))
+        return Task(queries, prepare(queries, float(mixing), backend, *parts))
 
 
 class Task:
@@ -161,11 +170,15 @@ class Task:
 
 
 def prepare(
-    queries: torch.Tensor, mixing: float, backend: str | None, asked: slice = slice(None)
+    queries: torch.Tensor,
+    mixing: float,
+    backend: str | None,
+    asked: slice | None = None,
+    task: slice | None = None,
 ) -> PreparedTask:
     """The task of a backend, once shapes and dtypes are known to fit."""
     check_finite(queries)
     package = "trackstar_kernels.scoring"
     make = implementation(package, "mixed_topk", queries.device, backend, function="prepare_task")
-    prepared: PreparedTask = make(queries, mixing, asked)
+    prepared: PreparedTask = make(queries, mixing, asked or slice(None), task)
     return prepared
