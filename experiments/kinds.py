@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments import corpus
 from experiments.corpus import Fact
-from experiments.ladder import TRACKSTAR, gradient_scores, retrieval_scores
+from experiments.ladder import TRACKSTAR, scored
 from experiments.provenance import questions
 from experiments.scores import ranking
 from experiments.study import study
@@ -26,14 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     here = study(__doc__, argv)
     passages, facts = corpus.load(here)
     asked = questions(here)
-    found, _ = gradient_scores(here, asked)
-    found |= retrieval_scores(passages, asked)
     fact_of = {fact.id: fact for fact in facts}
     related = passages_by_relation(facts)
     texts = {passage["id"]: passage["text"] for passage in passages}
     results = []
     for method in METHODS:
-        rankings = ranking(found[method], list(texts))
+        rankings = ranking(scored(here, method), list(texts))
         kinds = [
             kind_of(fact_of[question["id"]], name, texts[name], related)
             for question, ranked in zip(asked, rankings, strict=True)

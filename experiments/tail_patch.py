@@ -15,7 +15,7 @@ from trackstar.evaluation import estimate
 from trackstar.patching import tail_patch
 
 from experiments import corpus
-from experiments.ladder import TRACKSTAR, gradient_scores, retrieval_scores
+from experiments.ladder import TRACKSTAR, scored
 from experiments.provenance import checkpoint, load_model, optimizer_file, questions
 from experiments.scores import ranking
 from experiments.study import study
@@ -36,10 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     here = study(__doc__, argv)
     passages, _ = corpus.load(here)
     asked = questions(here)
-    found, _ = gradient_scores(here, asked)
-    found |= retrieval_scores(passages, asked)
     ids = [passage["id"] for passage in passages]
-    lists = {name: ranking(found[name], ids) for name in METHODS}
+    lists = {name: ranking(scored(here, name), ids) for name in METHODS}
     lists["random"] = [random.Random(f"{here.seed}/{q['id']}").sample(ids, max(TOP)) for q in asked]
     lists["gold"] = [list(question["gold"]) for question in asked]
     count = min(QUESTIONS[here.name], len(asked))
