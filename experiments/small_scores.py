@@ -9,7 +9,6 @@ from trackstar.ekfac import fit_factors
 from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
-from trackstar.losses import nll
 
 from experiments.retrieval import bm25
 from experiments.scores import automatic_mixing, scores
@@ -37,7 +36,7 @@ def small_scores(folder: Path, texts: Texts, setup: Setup, seed: int) -> dict[st
     words = [texts.tokenizer.decode(query["input_ids"]) for query in texts.queries]
     factors = fit_factors(folder, model, texts.passages, seed=seed)
     capture = TokenCapture(model, list(factors.shapes))
-    thin = thin_queries(capture, queries, DampedInverse(factors, DAMPING, torch.device("cpu")), WIDTH, nll)
+    thin = thin_queries(capture, queries, DampedInverse(factors, DAMPING, torch.device("cpu")), WIDTH, "loss")
     return {
         "TrackStar": scores(*corrected, mixing=automatic_mixing(*corrected)),
         "V, R, norm": scores(*corrected),

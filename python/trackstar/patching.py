@@ -87,7 +87,7 @@ def tail_patch(
     Args:
         model: a causal language model of transformers, weights float32 (or float64).
         optimizer_state: of Adam or AdamW; its ``state_dict()``, or a file or folder that holds one.
-        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}.
+        queries: {"prompt": …, "target": …} or {"input_ids": …, "labels": …}; of several targets the first counts.
         proponents: of each query, training examples, best first: {"text": …} or {"input_ids": …, "labels": …}.
         tokenizer: the model's, for texts.
         lr: learning rate; None is the saved state's.

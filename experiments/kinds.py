@@ -1,0 +1,87 @@
+"""What kinds of passages the methods find (Figure 3 and Table A.1 of the paper), told apart by rule."""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import corpus
+from experiments.corpus import Fact
+from experiments.ladder import TRACKSTAR, scored
+from experiments.provenance import questions
+from experiments.scores import ranking
+from experiments.study import study
+
+KINDS = ("entails the fact", "same subject or object", "same relation", "name overlap", "other")
+"""In the order in which they are tried: a passage is of the first that fits."""
+
+METHODS = (TRACKSTAR, "V, R, norm", "cosine", "dot", "BM25", "embeddings")
+
+TOP = 10
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sort every method's ten best into kinds."""
+    here = study(__doc__, argv)
+    passages, facts = corpus.load(here)
+    asked = questions(here)
+    fact_of = {fact.id: fact for fact in facts}
+    related = passages_by_relation(facts)
+    texts = {passage["id"]: passage["text"] for passage in passages}
+    results = []
+    for method in METHODS:
+        rankings = ranking(scored(here, method), list(texts))
+        kinds = [
+            kind_of(fact_of[question["id"]], name, texts[name], related)
+            for question, ranked in zip(asked, rankings, strict=True)
+            for name in ranked[:TOP]
+        ]
+        results.append({"method": method} | shares(kinds))
+    here.write("kinds", results, top=TOP)
+    return 0
+
+
+def kind_of(fact: Fact, passage: str, text: str, related: Mapping[str, set[str]]) -> str:
+    """The first of ``KINDS`` that fits.
+
+    A passage entails the fact if it states it or mentions subject and object, each as a phrase; it is of the same
+    relation if it states this relation of anything; names overlap where a capitalized word of either stands in it.
+
+    Args:
+        fact: what was asked.
+        passage: the passage's id.
+        text: its text.
+        related: ids of the passages that state each relation.
+    """
+    mentioned = [
+        re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) for name in (fact.subject, fact.object)
+    ]
+    if passage in fact.relation_gold or all(mentioned):
+        return KINDS[0]
+    if any(mentioned):
+        return KINDS[1]
+    if passage in related[fact.relation]:
+        return KINDS[2]
+    names = {word for word in re.findall(r"\w{3,}", f"{fact.subject} {fact.object}") if word[0].isupper()}
+    if names & set(re.findall(r"\w+", text)):
+        return KINDS[3]
+    return KINDS[4]
+
+
+def passages_by_relation(facts: Sequence[Fact]) -> dict[str, set[str]]:
+    """Ids of the passages that state each relation, of the corpus's facts."""
+    found: dict[str, set[str]] = {}
+    for fact in facts:
+        found.setdefault(fact.relation, set()).update(fact.relation_gold)
+    return found
+
+
+def shares(kinds: Sequence[str]) -> dict[str, Any]:
+    """The share of each kind."""
+    counts = Counter(kinds)
+    return {kind: counts[kind] / len(kinds) for kind in KINDS}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
