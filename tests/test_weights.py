@@ -9,6 +9,8 @@ from test_families import make
 from torch import nn
 from torch.nn import functional
 from trackstar import GradientCollector, SketchSpec
+from trackstar.examples import encode_examples
+from trackstar.lean import LeanPass
 from trackstar.second_moments import SecondMoments
 from transformers.optimization import Adafactor
 
@@ -314,6 +316,20 @@ def test_position_embeddings_of_packed_examples():
     model = untied(make_gpt2)
     spec = SketchSpec(sketch=4, modules=["*wpe", "*.c_fc"], also=["embeddings"])
     check(model, spec)
+
+
+def test_position_embeddings_of_padded_examples():
+    """The model's own positions are one row for the whole batch, whose gradient would be that of all its examples."""
+    model = untied(make_gpt2)
+    spec = SketchSpec(sketch=4, modules=["*wpe", "*.c_fc"], also=["embeddings"])
+    collector = GradientCollector(model, spec)
+    lean = LeanPass(model, collector.modules.values())
+    encoded = encode_examples(make_examples(LENGTHS), None)
+    batch = lean.arrange(encoded, packed=False)
+    collector.offsets, collector.shape = batch.offsets, batch.shape
+    with collector, lean:
+        lean.run(batch)
+    assert relative_error(collector.rows, check(model, spec)) < TOLERANCE
 
 
 def test_tied_embeddings_share_a_gradient():

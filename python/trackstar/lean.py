@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
@@ -211,6 +212,9 @@ class LeanPass:
     ) -> torch.Tensor:
         """Last hidden state of the decoder, where there is one, else logits of the model: (B, T, features)."""
         self._set_attention(self._own_attention if positions is None else PACKED)
+        if positions is None and self._spells_positions:
+            # Of a row's own: an embedding of positions that is shared by the batch has a gradient of all its examples.
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         places = {} if positions is None else {"position_ids": positions}
         before = _lengths.set(lengths)
         try:
@@ -219,6 +223,12 @@ class LeanPass:
             return self._decoder(input_ids=tokens, use_cache=False, **places).last_hidden_state
         finally:
             _lengths.reset(before)
+
+    @functools.cached_property
+    def _spells_positions(self) -> bool:
+        """Whether padded rows are told their positions: where an embedding is captured, if the model takes them."""
+        embeds = any(isinstance(module, nn.Embedding) for module in self._captured)
+        return embeds and "position_ids" in inspect.signature(self.model.forward).parameters
 
     def _set_attention(self, name: str | None) -> None:
         if name is not None and name != self.model.config._attn_implementation:
