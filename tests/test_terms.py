@@ -238,3 +238,19 @@ def test_labels_that_the_store_does_not_keep_are_noticed(tmp_path):
         ValueError, match=r"by_token: the tokens of example '\d+' sum to .* labels of its own"
     ):
         attribute(store, model, make_queries(3), k=3, by_token=True)
+
+
+def test_token_terms_are_of_what_the_rows_are_gradients_of(tmp_path):
+    model = make_llama().eval()
+    store = build_store(
+        tmp_path / "store",
+        model,
+        make_examples(LENGTHS),
+        spec=SketchSpec(sketch=4),
+        dtype="float32",
+        output="margin",
+    )
+    result = attribute(store, model, make_queries(3), k=5, mixing=0.5, by_token=True)
+    for scores, terms in zip(result.scores, result.by_token, strict=True):
+        sums = torch.stack([term.sum() for term in terms])
+        assert torch.allclose(sums, scores, atol=1e-5)

@@ -16,6 +16,7 @@ from torch import nn
 
 from trackstar.examples import Encoded
 from trackstar.lean import LeanPass
+from trackstar.losses import output_function
 from trackstar.passes import BATCH_TOKENS, has_loss
 from trackstar.progress import track
 from trackstar.result import Result
@@ -206,6 +207,7 @@ class _TokenPass:
         self._sketches = {n: Sketch(weight, store.spec, store.correction) for n, weight in weights.items()}
         self._tap = GradientTap(weights, self._add)
         self._lean = LeanPass(model, [weight.module for weight in weights.values()])
+        self._loss = output_function(store.output)
         self._direction, self._terms = torch.empty(0), torch.empty(0)
 
     def along(
@@ -232,7 +234,7 @@ class _TokenPass:
         self._terms = torch.zeros(batch.tokens.numel())
         self._tap.offsets = torch.arange(len(self._terms) + 1)
         with self._lean, self._tap:
-            self._lean.run(batch)
+            self._lean.run(batch, self._loss)
         return self._terms
 
     def _add(self, use: Use) -> None:
