@@ -233,6 +233,14 @@ def test_every_method_by_name(folder, store, monkeypatch, capsys, tmp_path):
             built.append(method)
     assert built == ["dot", "trak"]
     assert {path.name for path in tmp_path.glob("s*")} == {"s", "s.uncorrected", "s.margin"}
+    asked = {"prompt": "the capital of Peru is", "target": " Lima", "gold": line["proponent_ids"][:1]}
+    (tmp_path / "gold.jsonl").write_text(json.dumps(asked))
+    measure = ("evaluate", tmp_path / "s", "--model", folder / "model", "--queries", tmp_path / "gold.jsonl")
+    chosen = [word for method in METHODS for word in ("--method", method)]
+    measure += (*chosen, *options["dense"], *options["ekfac"], "--out", tmp_path / "quality.json")
+    assert call_main(monkeypatch, capsys, *measure)[0] == 0
+    measured = json.loads((tmp_path / "quality.json").read_text())
+    assert [quality["method"].split(",")[0] for quality in measured] == list(METHODS)
     another = f"{tmp_path / 's.uncorrected'}:{folder / 'model'}:0.5"
     tracin = ("query", tmp_path / "s", "--method", "tracin", "--model", folder / "model", "--rate", "0.25")
     before = json.loads((tmp_path / "o.jsonl").read_text())["proponent_scores"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trackstar.cli_options import load_model, read_jsonl
+from trackstar.cli_options import MethodName, load_model, read_jsonl
 
 
 def evaluate(
@@ -25,9 +25,17 @@ def evaluate(
             help="Results that were written before, one line a query; may be given often.",
         ),
     ] = None,
+    method: Annotated[
+        list[MethodName] | None,
+        typer.Option(help="What to score by, see docs/methods.md; may be given often. Default: trackstar."),
+    ] = None,
     mixing: Annotated[
         list[str] | None,
-        typer.Option(help='λ, a number or "auto", to ask the store with; may be given often.'),
+        typer.Option(help='λ of trackstar, a number or "auto"; may be given often.'),
+    ] = None,
+    factors: Annotated[Path | None, typer.Option(help="Folder of EK-FAC's factors, for ekfac.")] = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Folder of a sentence-transformers model, for dense.")
     ] = None,
     by: Annotated[
         list[str] | None,
@@ -51,7 +59,8 @@ def evaluate(
             raise typer.BadParameter(f"--results must be NAME=FILE, got {given!r}")
         ranked[name] = ids_in(Path(path).read_text(encoding="utf-8").splitlines())
     if store is not None and model is not None:
-        ranked |= _answers(store, model, asked, mixing or ["auto"])
+        methods = [one.value for one in method or [MethodName.trackstar]]
+        ranked |= _answers(store, model, asked, methods, mixing or ["auto"], factors, encoder)
     found: list[Quality] = evaluate(ranked, asked, by=by or ())
     table = Table("method", "queries", "n", "MRR", "Recall@10")
     for quality in found:
@@ -64,23 +73,41 @@ def evaluate(
 
 
 def _answers(
-    store: Path, model: Path, queries: list[dict[str, object]], mixing: list[str]
+    store: Path,
+    model: Path,
+    queries: list[dict[str, object]],
+    methods: list[str],
+    mixing: list[str],
+    factors: Path | None,
+    encoder: Path | None,
 ) -> dict[str, list[list[str]]]:
-    """What the store answers with each λ: ids, best first, as many as are looked at."""
+    """What the store answers by each method, and each λ of TrackStar: ids, best first, as many as are looked at."""
     from trackstar.attribution import attribute
+    from trackstar.companion import companion_store
     from trackstar.evaluation import DEPTH, ids_of
     from trackstar.store import open_store
 
     opened = open_store(store)
     network, tokenizer = load_model(model)
     found = {}
-    for share in mixing:
-        try:
-            value = share if share == "auto" else float(share)
-        except ValueError:
-            raise typer.BadParameter(f'--mixing must be "auto" or a number, got {share!r}') from None
-        result = attribute(
-            opened, network, queries, tokenizer=tokenizer, k=min(len(opened), DEPTH), mixing=value
-        )
-        found[f"{result.method}, λ = {result.mixing:.3f}"] = ids_of(result)
+    for method in methods:
+        holding = companion_store(opened, network, method, tokenizer=tokenizer)
+        for share in mixing if method == "trackstar" else ["auto"]:
+            try:
+                value = share if share == "auto" else float(share)
+            except ValueError:
+                raise typer.BadParameter(f'--mixing must be "auto" or a number, got {share!r}') from None
+            result = attribute(
+                holding,
+                network,
+                queries,
+                tokenizer=tokenizer,
+                method=method,
+                k=min(len(opened), DEPTH),
+                mixing=value,
+                factors=factors if method == "ekfac" else None,
+                encoder=encoder if method == "dense" else None,
+            )
+            shown = "" if result.mixing is None else f", λ = {result.mixing:.3f}"
+            found[f"{result.method}{shown}"] = ids_of(result)
     return found
