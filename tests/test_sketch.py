@@ -62,7 +62,15 @@ def test_golden_entries(backend):
     assert [value.hex() for value in normal[0].tolist()] == GOLDEN_NORMAL
     sparse = projection_matrix(5, 9, seed=1, stream=2, kind="countsketch", **where)
     assert sparse.tolist() == GOLDEN_ROWS
-    tall = projection_matrix(2**16, 3, seed=2**64 - 1, stream=2**64 - 1, kind="countsketch", **where)
+
+
+@pytest.mark.parametrize(
+    "backend", [*BACKENDS["cpu"], pytest.param("triton", marks=[*TRITON.marks, pytest.mark.slow])]
+)
+def test_golden_places_in_many_rows(backend):
+    where = {"backend": backend, "device": DEVICE if backend == "triton" else "cpu"}
+    with triton_runs(BACKENDS):
+        tall = projection_matrix(2**16, 3, seed=2**64 - 1, stream=2**64 - 1, kind="countsketch", **where)
     assert [(col, row, tall[row, col]) for col, row in tall.T.nonzero().tolist()] == GOLDEN_PLACES
 
 

@@ -208,7 +208,7 @@ def test_damage_is_named_and_nothing_served_from_it(store, monkeypatch, capsys, 
             ("offsets", "strings"): lambda: opened.text(5),
             ("offsets", "tokens"): lambda: opened.tokens(3),
             ("rows", "scales", "squared_norms"): lambda: score_rows(
-                opened, torch.ones(1, *opened.row_shape), k=1
+                opened, torch.ones(1, *opened.row_shape), k=1, rescore=False
             ),
         }
         for arrays, read in reads.items():
