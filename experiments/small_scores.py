@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import trackstar
+from trackstar.baselines import bm25_scores
 from trackstar.ekfac import fit_factors
 from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
 
-from experiments.retrieval import bm25
 from experiments.scores import automatic_mixing, scores
 from experiments.small_model import WIDTH, Setup, Texts, train
 
@@ -47,6 +47,6 @@ def small_scores(folder: Path, texts: Texts, setup: Setup, seed: int) -> dict[st
         "R, no norm": scores(*plain, unit_norm=False),
         "V, R, no norm": scores(*corrected, unit_norm=False),
         "EK-FAC": scores_of(capture, passages, thin, lambda count: None).float(),
-        "BM25": bm25([passage["text"] for passage in texts.passages], words),
+        "BM25": bm25_scores(words, [passage["text"] for passage in texts.passages]),
         "random": torch.from_numpy(np.random.default_rng(seed).random((len(queries), len(passages)))).float(),
     }

@@ -227,13 +227,17 @@ def test_tracin_refuses_what_does_not_belong_together(made, tmp_path):
             tracin(checkpoints, QUERIES, k=3)
 
 
+def words_of(text):
+    return [word for word in re.findall(r"\b\w\w+\b", text.lower()) if word not in ("and", "is", "of", "the")]
+
+
 def bm25(query, texts):
-    words = [re.findall(r"\w+", text.lower()) for text in texts]
+    words = [words_of(text) for text in texts]
     mean = sum(map(len, words)) / len(words)
     scores = []
     for text in words:
         score, counts = 0.0, Counter(text)
-        for word in re.findall(r"\w+", query.lower()):
+        for word in words_of(query):
             holders = sum(word in other for other in words)
             rarity = math.log(1 + (len(words) - holders + 0.5) / (holders + 0.5))
             score += rarity * counts[word] / (counts[word] + 1.5 * (0.25 + 0.75 * len(text) / mean))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,8 @@ def bm25_scores(queries: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
 
         log(1 + (n − n_w + ½) / (n_w + ½)) · f_w / (f_w + 1.5 · (¼ + ¾ · length / mean length))
 
-    with f_w the times that w is in the text and n_w the texts that it is in. Words are runs of letters, digits and
-    underscores in lower case, neither stemmed nor left out.
+    with f_w the times that w is in the text and n_w the texts that it is in. Words are runs of at least two letters,
+    digits and underscores in lower case, not stemmed, without the commonest English ones: as bm25s takes a text apart.
 
     Raises:
         ImportError: bm25s is not installed.
@@ -72,22 +71,20 @@ def bm25_scores(queries: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
         import bm25s
     except ImportError:
         raise ImportError("method bm25 needs bm25s: pip install 'trackstar[bm25]'") from None
-    given = [_words(text) for text in texts]
+    given, asked = (
+        bm25s.tokenize(list(side), return_ids=False, show_progress=False) for side in (texts, queries)
+    )
     scores = torch.zeros(len(queries), len(texts))
     if not any(given):
         return scores
     index = bm25s.BM25()
     index.index(given, show_progress=False)
     known = {word for words in given for word in words}
-    for query, out in zip(queries, scores, strict=True):
-        words = [word for word in _words(query) if word in known]
+    for query, out in zip(asked, scores, strict=True):
+        words = [word for word in query if word in known]
         if words:
             out.copy_(torch.from_numpy(index.get_scores(words)))
     return scores
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
 
 
 class Encoder:
