@@ -1,6 +1,7 @@
 """csrc ← _C ← trackstar_kernels ← trackstar ← benchmarks, tests: nothing imports what stands above it."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,28 @@ def test_references_need_torch_and_numpy_alone(file):
 @pytest.mark.parametrize("file", ENGINE, ids=lambda file: file.name)
 def test_the_engine_imports_nothing_above_it(file):
     assert not imports(file) & {"benchmarks", "tests", "examples", "experiments"}
+
+
+ABOVE_GRADIENTS = {"storage", "planning", "scoring", "ekfac", "evaluation", "exchange", "commands"}
+FORBIDDEN = {
+    "gradients": ABOVE_GRADIENTS,
+    "optimizer": ABOVE_GRADIENTS,
+    "storage": {"scoring", "ekfac", "evaluation", "exchange", "commands"},
+    "planning": {"ekfac", "evaluation", "exchange", "commands"},
+    "scoring": {"evaluation", "exchange", "commands"},
+    "ekfac": {"evaluation", "exchange", "commands"},
+    "evaluation": {"exchange", "commands"},
+    "exchange": {"commands"},
+}
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_folders_of_the_engine_import_nothing_above_them(folder):
+    files = [file for file in ENGINE if file.parent.name == folder]
+    assert files
+    for file in files:
+        named = re.findall(r"^\s*(?:from|import) trackstar\.(\w+)", file.read_text(), re.MULTILINE)
+        assert not set(named) & FORBIDDEN[folder], file
 
 
 def modules_after(statement):
