@@ -32,6 +32,7 @@ def make_store(
         "correction": None,
         "curvature": {"sample": len(shards[0]), "damping": 0.1},
         "shard_rows": len(shards[0]),
+        "output": "loss",
     }
     begun = Manifest(identity, (L, d), ({"examples": total, "fingerprint": ""},), total)
     with making(path, begun) as writer:

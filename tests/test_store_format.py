@@ -84,6 +84,7 @@ def golden_store(path, dtype, wide):
         "correction": None,
         "curvature": {},
         "shard_rows": 3,
+        "output": "loss",
     }
     eye = torch.eye(SIZE, dtype=torch.float64).repeat(BLOCKS, 1, 1)
     curvature = Curvature(eye, torch.zeros(BLOCKS).double(), torch.ones(BLOCKS, SIZE).double(), eye.float())
@@ -113,7 +114,7 @@ class Page:
         line = (self.path / "manifest.json").read_bytes()
         head, content = line.removesuffix(b"}\n").split(b',"content":', 1)
         head = json.loads(head + b"}")
-        assert head == {"format": 2, "xxh3": xxhash.xxh3_128_hexdigest(content)}
+        assert head == {"format": 3, "xxh3": xxhash.xxh3_128_hexdigest(content)}
         self.content = json.loads(content)
         self.L, self.d = self.content["row_shape"]
 

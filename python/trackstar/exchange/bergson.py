@@ -182,6 +182,7 @@ def import_bergson(
         "correction": None,
         "curvature": {"sample": len(rows), "damping": DAMPING},
         "shard_rows": layout.shard_rows,
+        "output": "loss",
     }
     begun = Manifest(identity, (blocks, size), (fingerprint.of_examples(documents),), len(rows))
     with making(Path(out), begun) as writer:

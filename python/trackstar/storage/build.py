@@ -166,7 +166,8 @@ def build_store(
         if curvature is None
         else {"given": fingerprint.of_curvature(curvature)},
         "shard_rows": shard_rows,
-    } | ({} if output == "loss" else {"output": output})
+        "output": output,
+    }
     begun = Manifest(identity, (blocks, size), (fingerprint.of_examples(encoded),), len(encoded))
     with making(path, begun, resume=resume) as writer:
         if writer.manifest.committed < len(encoded):

@@ -18,7 +18,7 @@ from trackstar.storage.sealed import SealedFolder, share
 from trackstar.storage.store import Store, open_store
 from trackstar.storage.writer import Writer, first_difference, making
 
-SHARED = ("spec", "dtype", "wide", "model", "tokenizer", "correction")
+SHARED = ("spec", "output", "dtype", "wide", "model", "tokenizer", "correction")
 """What the identities of stores that are merged have in common."""
 
 
@@ -66,10 +66,7 @@ def merge_stores(out: str | os.PathLike[str], paths: Sequence[str | os.PathLike[
 
 
 def _require_alike(first: Store, other: Store) -> None:
-    kept, found = (
-        {field: store.identity[field] for field in SHARED} | {"output": store.output}
-        for store in (first, other)
-    )
+    kept, found = ({field: store.identity[field] for field in SHARED} for store in (first, other))
     difference = first_difference(kept, found)
     if difference is not None:
         field, wanted, got = difference

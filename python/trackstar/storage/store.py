@@ -70,7 +70,7 @@ class Store:
     @property
     def output(self) -> str:
         """What a row is the gradient of: "loss", "margin" or "logit"."""
-        return self.identity.get("output", "loss")
+        return self.identity["output"]
 
     @property
     def parts(self) -> tuple[dict[str, Any], ...]:
