@@ -47,10 +47,11 @@ def normal(*shape, seed):
 
 
 def stored(rows, dtype):
-    """Codes and scales of rows in any dtype, and their squared norms."""
-    if dtype == "bfloat16":
-        return rows.bfloat16(), None, rows.square().sum(2)
-    return tk.encode_rows(rows, None, dtype)
+    """Codes and scales of rows in any dtype, and the squared norms that the definition takes."""
+    if dtype in NARROW:
+        return tk.encode_rows(rows, None, dtype)
+    codes = rows.to(getattr(torch, dtype))
+    return codes, None, codes.float().square().sum(2)
 
 
 def best(exact, k, largest):
