@@ -1,11 +1,14 @@
 // The Python module trackstar_kernels._C: the only file that knows pybind11.
 //
-// Arrays arrive as addresses and sizes that the Python side has checked, so this builds without torch's
-// headers and one wheel serves every torch. Every call releases the GIL.
+// Arrays arrive as addresses and sizes, so this builds without torch's headers and one wheel serves every torch. The
+// Python side has checked tensors; here sizes that contradict each other, arrays that are missing and parts of a task
+// that were never set are errors before anything is read. Every call releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -59,6 +62,34 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void require(bool fits, const std::string& wanted) {
+  if (!fits) throw std::invalid_argument(wanted);
+}
+
+// The address of an array that has numbers.
+template <typename T>
+T* array(const char* name, std::uintptr_t address) {
+  require(address != 0, std::string(name) + " must be the address of an array, got 0");
+  return at<T>(address);
+}
+
+// Sizes of an array, of which no product overflows; from 1, or from 0 where an array may be empty.
+void check_sizes(const char* names, std::initializer_list<std::int64_t> sizes, std::int64_t least = 1) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 48;
+  std::int64_t numbers = 1;
+  for (const std::int64_t size : sizes) {
+    require(size >= least && size <= kMost / std::max<std::int64_t>(1, numbers),
+            std::string(names) + " must be sizes of at least " + std::to_string(least) +
+                " and an array of at most 2**48 numbers");
+    numbers *= std::max<std::int64_t>(1, size);
+  }
+}
+
+void check_threads(int threads) {
+  constexpr int kMost = 4096;  // OpenMP ends a process that cannot start the threads it asks for
+  require(threads >= 1 && threads <= kMost, "threads must be from 1 to 4096, got " + std::to_string(threads));
+}
+
 Element element_of(const std::string& name) {
   if (name == "float32") return Element::float32;
   if (name == "bfloat16") return Element::bfloat16;
@@ -71,11 +102,27 @@ void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int
                           std::uintptr_t activations, std::uintptr_t output_grads, std::uintptr_t offsets,
                           std::uintptr_t left, std::uintptr_t right, std::uintptr_t scale, std::uintptr_t out,
                           int threads) {
-  project_gradients(
-      {batch, in_features, out_features, rank, q, p, element_of(element), at<const void>(activations),
-       at<const void>(output_grads), at<const std::int64_t>(offsets), at<const float>(left),
-       at<const float>(right), at<const float>(scale)},
-      at<float>(out), threads);
+  check_threads(threads);
+  check_sizes("batch, q and p", {batch, q, p}, 0);
+  check_sizes("rank, q and out_features", {rank, q, out_features}, 0);
+  check_sizes("rank, p and in_features", {rank, p, in_features}, 0);
+  check_sizes("out_features and in_features", {out_features, in_features}, 0);
+  const auto* starts = array<const std::int64_t>("offsets", offsets);
+  require(starts[0] == 0 && std::is_sorted(starts, starts + batch + 1), "offsets must ascend from 0");
+  const std::int64_t tokens = starts[batch];
+  check_sizes("tokens and in_features", {tokens, in_features}, 0);
+  check_sizes("tokens and out_features", {tokens, out_features}, 0);
+  const auto given = [](const char* name, std::uintptr_t address, bool empty) {
+    return empty ? at<void>(address) : array<void>(name, address);
+  };
+  const bool no_left = rank == 0 || q == 0 || out_features == 0;
+  const bool no_right = rank == 0 || p == 0 || in_features == 0;
+  project_gradients({batch, in_features, out_features, rank, q, p, element_of(element),
+                     given("activations", activations, tokens == 0 || in_features == 0),
+                     given("output_grads", output_grads, tokens == 0 || out_features == 0), starts,
+                     static_cast<const float*>(given("left", left, no_left)),
+                     static_cast<const float*>(given("right", right, no_right)), at<const float>(scale)},
+                    static_cast<float*>(given("out", out, batch == 0 || q == 0 || p == 0)), threads);
 }
 
 RowType row_type_of(const std::string& name) {
@@ -89,37 +136,126 @@ RowType row_type_of(const std::string& name) {
                               name + "'");
 }
 
-Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_stride, std::uintptr_t scales,
-             size_t N, size_t L, size_t d) {
-  if (N > UINT32_MAX) {
-    throw std::invalid_argument("rows must be fewer than 2**32, got " + std::to_string(N));
-  }
-  return {at<const void>(rows), row_type_of(row_type), row_stride, at<const float>(scales), N, L, d};
+Rows rows_at(std::uintptr_t values, const std::string& type, std::int64_t stride, std::uintptr_t scales,
+             std::int64_t N, std::int64_t L, std::int64_t d) {
+  require(N <= UINT32_MAX, "rows must be fewer than 2**32, got " + std::to_string(N));
+  check_sizes("N, L and d", {N, L, d});
+  require(stride >= 0, "stride must be at least 0, got " + std::to_string(stride));
+  check_sizes("N and stride", {N, stride}, 0);
+  return {array<const void>("values", values),
+          row_type_of(type),
+          stride,
+          at<const float>(scales),
+          static_cast<size_t>(N),
+          static_cast<size_t>(L),
+          static_cast<size_t>(d)};
 }
 
-TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions) {
-  return {Q, k, largest, at<float>(scores), at<std::int64_t>(positions)};
+TopK top_at(std::int64_t Q, std::int64_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions) {
+  check_sizes("Q and k", {Q, k});
+  return {static_cast<size_t>(Q), static_cast<size_t>(k), largest, array<float>("scores", scores),
+          array<std::int64_t>("positions", positions)};
+}
+
+void check_tops(const std::vector<TopK>& tops, const Rows& rows) {
+  require(!tops.empty(), "tops must hold at least one result, got none");
+  for (const TopK& top : tops) {
+    require(top.Q == tops.front().Q, "tops must have equal Q");
+    require(top.k <= rows.N,
+            "k must be from 1 to N (=" + std::to_string(rows.N) + "), got " + std::to_string(top.k));
+  }
+}
+
+bool is_float(const Rows& rows) {
+  return rows.type == RowType::float32 || rows.type == RowType::float16 || rows.type == RowType::bfloat16;
 }
 
 void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
-  score_topk(at<const float>(queries), rows, tops, threads);
+  check_threads(threads);
+  check_tops(tops, rows);
+  score_topk(array<const float>("queries", queries), rows, tops, threads);
 }
 
 void rescored_topk_at(std::uintptr_t queries, const Rows& codes, const Rows& wider,
                       std::uintptr_t squared_norms, const std::vector<TopK>& tops, std::uintptr_t rescored,
                       int threads) {
-  rescored_topk(at<const float>(queries), codes, wider, at<const float>(squared_norms), tops,
-                at<std::int64_t>(rescored), threads);
+  check_threads(threads);
+  check_tops(tops, codes);
+  require(!is_float(codes), "codes must be int8, int4 or sign");
+  require(wider.type == RowType::float32 || wider.type == RowType::float16,
+          "wider must be float32 or float16");
+  require(wider.N == codes.N && wider.L * wider.d == codes.L * codes.d,
+          "wider must be as many rows of as many numbers as codes");
+  rescored_topk(array<const float>("queries", queries), codes, wider,
+                array<const float>("squared_norms", squared_norms), tops,
+                array<std::int64_t>("rescored", rescored), threads);
 }
 
-void mixed_topk_at(const Task& task, std::uintptr_t squared_norms, const Rows& rows,
+// A task, and what of it has been set.
+class CheckedTask {
+ public:
+  CheckedTask(std::int64_t Q, std::int64_t L, std::int64_t d, std::int64_t rank, double base, double sign,
+              double trusted)
+      : shape_(shape_of(Q, L, d, rank, base, sign, trusted)), task_(shape_), blocks_(shape_.L) {}
+
+  void set_block(std::int64_t b, std::uintptr_t factors, std::uintptr_t combine) {
+    require(b >= 0 && b < static_cast<std::int64_t>(shape_.L),
+            "b must be from 0 to L - 1 (=" + std::to_string(shape_.L - 1) + "), got " + std::to_string(b));
+    task_.set_block(b, array<const float>("factors", factors), array<const float>("combine", combine));
+    blocks_[b] = true;
+  }
+
+  void set_weights(std::uintptr_t weights) {
+    task_.set_weights(array<const float>("weights", weights));
+    weighted_ = true;
+  }
+
+  // The task, if it is whole and such rows are what it is for.
+  const Task& of(const Rows& rows) const {
+    require(weighted_ && std::count(blocks_.begin(), blocks_.end(), false) == 0,
+            "task must have all its blocks and weights set");
+    require(rows.L == shape_.L && rows.d == shape_.d, "rows must have the task's L and d");
+    return task_;
+  }
+  size_t queries() const { return shape_.Q; }
+
+ private:
+  static Task::Shape shape_of(std::int64_t Q, std::int64_t L, std::int64_t d, std::int64_t rank, double base,
+                              double sign, double trusted) {
+    check_sizes("L, rank and d", {L, rank, d});
+    check_sizes("L, Q and rank", {L, Q, rank});
+    return {static_cast<size_t>(Q),
+            static_cast<size_t>(L),
+            static_cast<size_t>(d),
+            static_cast<size_t>(rank),
+            base,
+            sign,
+            trusted};
+  }
+
+  Task::Shape shape_;
+  Task task_;
+  std::vector<bool> blocks_;
+  bool weighted_ = false;
+};
+
+void mixed_topk_at(const CheckedTask& task, std::uintptr_t squared_norms, const Rows& rows,
                    const std::vector<TopK>& tops, std::uintptr_t doubtful, int threads) {
-  mixed_topk(task, at<const float>(squared_norms), rows, tops, at<bool>(doubtful), threads);
+  check_threads(threads);
+  check_tops(tops, rows);
+  require(tops.front().Q == task.queries(), "tops must have the task's Q");
+  mixed_topk(task.of(rows), array<const float>("squared_norms", squared_norms), rows, tops,
+             array<bool>("doubtful", doubtful), threads);
 }
 
-void mixed_parts_at(const Task& task, const Rows& rows, std::uintptr_t numerators, std::uintptr_t squares,
-                    std::uintptr_t inner, int threads) {
-  mixed_parts(task, rows, {at<float>(numerators), at<double>(squares), at<double>(inner)}, threads);
+void mixed_parts_at(const CheckedTask& task, const Rows& rows, std::uintptr_t numerators,
+                    std::uintptr_t squares, std::uintptr_t inner, int threads) {
+  check_threads(threads);
+  require(!is_float(rows), "rows must be int8, int4 or sign");
+  mixed_parts(task.of(rows), rows,
+              {array<float>("numerators", numerators), array<double>("squares", squares),
+               array<double>("inner", inner)},
+              threads);
 }
 
 #ifdef TRACKSTAR_HAS_CUDA
@@ -207,23 +343,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("rescored_topk", &rescored_topk_at, py::arg("queries"), py::arg("codes"), py::arg("wider"),
         py::arg("squared_norms"), py::arg("tops"), py::arg("rescored"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
-  py::class_<Task>(m, "Task",
-                   "Queries under another inner product, copied from addresses: see csrc/scoring.h.")
-      .def(py::init([](size_t Q, size_t L, size_t d, size_t rank, double base, double sign, double trusted) {
-             return new Task({Q, L, d, rank, base, sign, trusted});
-           }),
+  py::class_<CheckedTask>(m, "Task",
+                          "Queries under another inner product, copied from addresses: see csrc/scoring.h.")
+      .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, double, double, double>(),
            py::arg("Q"), py::arg("L"), py::arg("d"), py::arg("rank"), py::arg("base"), py::arg("sign"),
            py::arg("trusted"))
-      .def(
-          "set_block",
-          [](Task& task, size_t b, std::uintptr_t factors, std::uintptr_t combine) {
-            task.set_block(b, at<const float>(factors), at<const float>(combine));
-          },
-          py::arg("b"), py::arg("factors"), py::arg("combine"))
-      .def(
-          "set_weights",
-          [](Task& task, std::uintptr_t weights) { task.set_weights(at<const float>(weights)); },
-          py::arg("weights"));
+      .def("set_block", &CheckedTask::set_block, py::arg("b"), py::arg("factors"), py::arg("combine"))
+      .def("set_weights", &CheckedTask::set_weights, py::arg("weights"));
   m.def("mixed_topk", &mixed_topk_at, py::arg("task"), py::arg("squared_norms"), py::arg("rows"),
         py::arg("tops"), py::arg("doubtful"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "See csrc/scoring.h.");

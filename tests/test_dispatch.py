@@ -82,7 +82,7 @@ def test_unknown_backends_and_devices(op):
         ValueError, match="backend of op on cuda must be one of triton, cuda, reference, got 'numba'"
     ):
         op("numba")
-    with pytest.raises(ValueError, match="op runs on cpu, cuda; got tensors on meta"):
+    with pytest.raises(ValueError, match="op runs on devices cpu, cuda; got meta"):
         _dispatch.implementation("package", "op", torch.device("meta"), None)
 
 

@@ -29,8 +29,8 @@ class Driver:
         options = ["-std=gnu++17", "-O3", "-w", "-DTRACKSTAR_ISA=baseline", f"-I{ROOT / 'csrc'}", *options]
         subprocess.run([compiler, *options, *sources, "-o", folder / "driver"], check=True)
 
-    def run(self, op, *arguments, results):
-        """Arguments are numbers, tensors or None; results the tensors to fill."""
+    def run(self, *arguments, results):
+        """Arguments are words, numbers, tensors or None; results the tensors to fill."""
         words = []
         for i, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):
@@ -38,16 +38,18 @@ class Driver:
             words.append(self.folder / str(i) if isinstance(argument, torch.Tensor) else argument)
         words = ["-" if word is None else str(word) for word in words]
         files = [self.folder / f"result{i}" for i in range(len(results))]
-        subprocess.run([*self.emulator, self.folder / "driver", op, *words, *files], check=True)
+        subprocess.run([*self.emulator, self.folder / "driver", *words, *files], check=True)
         for file, result in zip(files, results, strict=True):
+            if result.numel() == 0:  # torch makes no tensor of an empty buffer
+                continue
             result.copy_(torch.frombuffer(bytearray(file.read_bytes()), dtype=result.dtype).view_as(result))
 
-    def project_gradients(self, case):
+    def project_gradients(self, case, *options):
         left, right = (s if s.ndim == 3 else s[None] for s in (case.left, case.right))
         in_features, out_features, p, q = case.sizes
         out = torch.full((len(case.lengths), q, p), torch.nan)
         self.run(
-            "project_gradients",
+            *(*options, "project_gradients"),
             *(len(case.lengths), in_features, out_features, len(left), q, p, ELEMENTS.index(case.dtype)),
             *(case.activations, case.output_grads, case.offsets, left, right, case.scale),
             results=[out],

@@ -9,12 +9,14 @@ import os
 import shutil
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import trackstar
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from killable import SPEC, documents, tiny_model
+from safetensors.torch import load_file, save_file
 from trackstar import SecondMoments, StoreError
 from trackstar.scoring.attribution import score_rows
 from trackstar.storage.manifest import Manifest
@@ -270,3 +272,171 @@ def test_checksums_of_files_outside(sound, tmp_path, name):
     for reading in (lambda: store.rows(2, 3), lambda: trackstar.merge_stores(tmp_path / "new", [store.path])):
         with pytest.raises(StoreError, match=r"checksums.json is not a list of checksums"):
             reading()
+
+
+# ---- Files that are sound arrays, under right checksums, of numbers that lie -------------------------------
+
+SHARD = "shards/0000000002-0000000004"
+CORRECTION = "correction/correction.safetensors"
+QUERY = [{"input_ids": [3, 5, 7, 11], "labels": [-100, -100, 7, 11]}]
+
+WAYS = {
+    "reading": lambda root: use(root),
+    "asking": lambda root: trackstar.attribute(trackstar.open_store(root), tiny_model(), QUERY, k=2),
+    "exporting": lambda root: trackstar.export_rows(trackstar.open_store(root), root / "rows.parquet"),
+    "deleting": lambda root: trackstar.delete_rows(root, [0]),
+    "appending": lambda root: trackstar.append_store(root, tiny_model(), documents(2, 9)),
+    "merging": lambda root: use(trackstar.merge_stores(root / "new", [root]).path),
+    "re-encoding": lambda root: use(trackstar.reencode_store(root, root / "new", "int8").path),
+    "re-whitening": lambda root: use(trackstar.rewhiten_store(root, root / "new").path),
+    "with a companion": lambda root: trackstar.companion_store(
+        trackstar.open_store(root), tiny_model(), "dot", path=root / "new"
+    ),
+}
+"""What is done with a store, given its folder."""
+
+
+def spoilt(place, value):
+    """A lie: a number of an array is another."""
+
+    def lie(array):
+        array[place] = value
+
+    return lie
+
+
+LIES = {
+    "offsets before the first token": (f"{SHARD}/offsets", spoilt((0, 0), -1)),
+    "offsets beyond the last token": (f"{SHARD}/offsets", spoilt((2, 0), 2**40)),
+    "offsets that descend": (f"{SHARD}/offsets", spoilt((1, 0), 2**62)),
+    "an id before the first letter": (f"{SHARD}/offsets", spoilt((0, 1), -(2**63))),
+    "a text beyond the last letter": (f"{SHARD}/offsets", spoilt((1, 2), 2**63 - 1)),
+    "metadata that is none": (f"{SHARD}/offsets", spoilt((0, 3), 0)),
+    "letters that are none": (f"{SHARD}/strings", spoilt(slice(None), 0xFF)),
+    "tokens of no vocabulary": (f"{SHARD}/tokens", spoilt(slice(None), 2**31 - 1)),
+    "negative tokens": (f"{SHARD}/tokens", spoilt(0, -(2**31))),
+    "NaN scales": (f"{SHARD}/scales", spoilt((0, 0), np.nan)),
+    "infinite scales": (f"{SHARD}/scales", spoilt(slice(None), np.inf)),
+    "negative scales": (f"{SHARD}/scales", spoilt(slice(None), -3e38)),
+    "NaN norms": (f"{SHARD}/squared_norms", spoilt((1, 0), np.nan)),
+    "negative norms": (f"{SHARD}/squared_norms", spoilt(slice(None), -1)),
+    "codes that are none": (f"{SHARD}/rows", spoilt(slice(None), 0x88)),
+    "a NaN wide copy": (f"{SHARD}/wide", spoilt(slice(None), np.nan)),
+    "an infinite wide copy": (f"{SHARD}/wide", spoilt((0, 0), np.inf)),
+    "the deletion of row -1": ("deletions/00000000/rows", spoilt(0, -1)),
+    "the deletion of a row to come": ("deletions/00000000/rows", spoilt(1, 2**62)),
+    "the deletion of one row twice": ("deletions/00000000/rows", spoilt(1, 1)),
+    "a NaN whitener": ("curvature/whitener", spoilt((0, 0, 0), np.nan)),
+    "an infinite R_train": ("curvature/train", spoilt((0, 0, 0), np.inf)),
+    "a negative R_train": ("curvature/train", spoilt(slice(None), -1)),
+    "NaN eigenvalues": ("curvature/eigenvalues", spoilt(slice(None), np.nan)),
+    "negative eigenvalues": ("curvature/eigenvalues", spoilt(slice(None), -1)),
+    "an infinite damping": ("curvature/damping", spoilt(0, -np.inf)),
+}
+"""{what is wrong: (array, what is done to it)}."""
+
+
+def lie_in(root, array, lie):
+    """Change an array of a store, and vouch for it."""
+    folder = root / array
+    dtype = (folder / "dtype.ninja").read_text()
+    shape = np.frombuffer((folder / "shape.ninja").read_bytes(), "<u8")
+    lie(np.memmap(folder / "data.ninja", dtype, "r+", shape=tuple(shape.tolist())))
+    vouch(root, folder.parent)
+
+
+def vouch(root, folder):
+    seal_again(folder)
+    trust(root)
+
+
+def assert_ends_well(way, root, file):
+    """A way of using a store works, or says which file is wrong, or that its examples are not those of the manifest."""
+    try:
+        WAYS[way](root)
+    except StoreError as error:
+        assert file in str(error) or "had labels of their own" in str(error)
+
+
+@pytest.mark.parametrize(
+    "way", ["reading", "asking", *(pytest.param(way, marks=pytest.mark.slow) for way in list(WAYS)[2:])]
+)
+@pytest.mark.parametrize(("array", "lie"), LIES.values(), ids=LIES)
+def test_arrays_that_lie(sound, tmp_path, array, lie, way):
+    shutil.copytree(sound, tmp_path / "store")
+    lie_in(tmp_path / "store", array, lie)
+    assert_ends_well(way, tmp_path / "store", array.rsplit("/", 1)[0])
+
+
+CORRECTIONS = {
+    "another kind": (lambda tensors: tensors, {"kind": "exact"}),
+    "an unknown kind": (lambda tensors: tensors, {"kind": "\0"}),
+    "no source": (lambda tensors: tensors, {"source": None}),
+    "no tensors": (lambda tensors: {}, {}),
+    "names without a part": (lambda tensors: {key.replace("/", ""): t for key, t in tensors.items()}, {}),
+    "one factor of two": (lambda tensors: dict(list(tensors.items())[1:]), {}),
+    "vectors": (lambda tensors: {key: t.flatten() for key, t in tensors.items()}, {}),
+    "nothing in them": (lambda tensors: {key: t[:, :0].clone() for key, t in tensors.items()}, {}),
+    "NaN": (lambda tensors: {key: t * torch.nan for key, t in tensors.items()}, {}),
+    "whole numbers": (lambda tensors: {key: t.int() for key, t in tensors.items()}, {}),
+    "factors of two ranks": (
+        lambda tensors: {key: t.repeat(2, 1) if key.endswith("u") else t for key, t in tensors.items()},
+        {},
+    ),
+}
+"""{what a correction file holds: (its tensors from sound ones, changes of its metadata)}."""
+
+
+@pytest.mark.parametrize("way", ["reading", "asking"])
+@pytest.mark.parametrize(("tensors", "metadata"), CORRECTIONS.values(), ids=CORRECTIONS)
+def test_corrections_that_lie(sound, tmp_path, tensors, metadata, way):
+    root = tmp_path / "store"
+    shutil.copytree(sound, root)
+    file = root / CORRECTION
+    metadata = {"kind": "rank", "source": "estimate"} | metadata
+    kept = {key: value for key, value in metadata.items() if value is not None}
+    save_file(tensors(load_file(file)), file, kept)
+    vouch(root, file.parent)
+    with pytest.raises(StoreError, match=CORRECTION):
+        WAYS[way](root)
+
+
+@pytest.mark.parametrize("count", [1, 3, 2**40])
+def test_deletions_of_other_counts(sound, tmp_path, count):
+    """The manifest and its folder disagree on how many rows were deleted."""
+    root = tmp_path / "store"
+    shutil.copytree(sound, root)
+    content = json.loads((root / "manifest.json").read_bytes())["content"]
+    content["deletions"][0][0] = count
+    write_manifest(root, content)
+    with pytest.raises(StoreError, match="deletions/00000000/rows is not an array of int64"):
+        len(trackstar.open_store(root))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 6])
+def test_shards_of_other_counts(sound, tmp_path, stop):
+    """The manifest and a shard's arrays disagree on how many rows there are."""
+    root = tmp_path / "store"
+    shutil.copytree(sound, root)
+    trust(root)
+    content = json.loads((root / "manifest.json").read_bytes())["content"]
+    shutil.move(root / SHARD, root / f"shards/0000000002-{stop:010d}")
+    content["shards"][1][0] = stop
+    write_manifest(root, content)
+    assert not survives(root)
+
+
+@settings(FUZZ, max_examples=15)
+@given(data=st.data())
+def test_a_companion_whose_manifest_is_another(sound, tmp_path, monkeypatch, data):
+    """It is told that it cannot serve, or that it is damaged."""
+    monkeypatch.setattr("trackstar.storage.index.SEGMENT", 2)
+    root, other = sound, tmp_path / "companion"
+    if other.exists():
+        shutil.rmtree(other)
+    shutil.copytree(sound, other)
+    content = json.loads((other / "manifest.json").read_bytes())["content"]
+    where = data.draw(st.sampled_from([path for path in nodes(content) if path]))
+    write_manifest(other, changed(content, where, data.draw(VALUES)))
+    with pytest.raises(StoreError, match=str(other)):
+        trackstar.companion_store(trackstar.open_store(root), tiny_model(), "dot", path=other)

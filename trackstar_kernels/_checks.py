@@ -6,13 +6,19 @@ import torch
 
 
 def check_tensor(name: str, value: object) -> torch.Tensor:
-    """``value`` if it is a tensor.
+    """``value`` if it is a tensor whose numbers lie in memory as they are.
 
     Raises:
-        TypeError: it is not.
+        TypeError: it is not a tensor.
+        ValueError: it is sparse or nested, or stands for numbers that are nowhere: negated or zero when they are read.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"{name} must be strided, got {'nested' if value.is_nested else value.layout}")
+    # A compiler's tensors are never such, and it cannot ask.
+    if not torch.compiler.is_compiling() and (value.is_neg() or value._is_zerotensor()):
+        raise ValueError(f"{name} must hold its numbers in memory, not when they are read: pass its clone()")
     return value
 
 
@@ -54,6 +60,28 @@ def check_same_device(**tensors: torch.Tensor | None) -> torch.device:
         places = ", ".join(f"{name} on {device}" for name, device in given.items())
         raise ValueError(f"tensors must be on one device, got {places}")
     return next(iter(given.values()))
+
+
+def check_flag(name: str, value: object) -> bool:
+    """``value`` if it is a bool.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def check_backend(backend: object) -> str | None:
+    """``backend`` if it may be a backend's name.
+
+    Raises:
+        TypeError: it is neither a str nor None.
+    """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
+    return backend
 
 
 def check_count(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -12,6 +12,8 @@ What is left over of a block's last byte or word is zero.
 
 import torch
 
+from trackstar_kernels._checks import check_count, check_dtype, check_same_device, check_shape, check_tensor
+
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -58,10 +60,22 @@ def decode_rows(
     """The rows (N, L, size) in ``dtype`` that the codes of :func:`trackstar_kernels.encode_rows` stand for.
 
     Args:
-        codes: (N, L, …), as encode_rows returns them.
-        scales: (N, L), (N, 1) or None.
+        codes: (N, L, …), as encode_rows returns them; or bfloat16 rows.
+        scales: (N, L), (N, 1) or None; floating-point.
         size: d, the numbers of a block.
-        dtype: of the result, in which the product scale · code is rounded.
+        dtype: of the result, in which the product scale · code is rounded; floating-point.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: codes do not hold blocks of ``size`` numbers, or scales are not for them.
     """
+    check_dtype("codes", check_tensor("codes", codes), torch.bfloat16, torch.float64, *DTYPES.values())
+    check_shape("codes", codes, ("N", "L", code_size(check_count("size", size, 0), codes.dtype)))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    if scales is not None:
+        check_shape("scales", check_tensor("scales", scales), tuple(codes.shape[:2]), (len(codes), 1))
+        check_dtype("scales", scales, torch.float32, torch.float64)
+        check_same_device(codes=codes, scales=scales)
     rows = unpack(codes, size).to(dtype)
     return rows if scales is None else rows * scales[:, :, None].to(dtype)

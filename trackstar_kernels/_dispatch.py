@@ -72,7 +72,7 @@ def implementation(
     """
     names = _TABLES[op].get(device.type)
     if names is None:
-        raise ValueError(f"{op} runs on {', '.join(sorted(_TABLES[op]))}; got tensors on {device.type}")
+        raise ValueError(f"{op} runs on devices {', '.join(sorted(_TABLES[op]))}; got {device.type}")
     if backend is None:
         backend = _available(names)[0]
     elif backend not in names:

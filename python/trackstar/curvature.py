@@ -159,9 +159,11 @@ def damped_curvature(moment: torch.Tensor, *, rotated: bool, damping: float = DA
         damping: δ relative to the mean eigenvalue.
 
     Raises:
-        ValueError: a block is zero.
+        ValueError: a block is zero, or not finite.
     """
     mean_eigenvalue = moment.diagonal(dim1=1, dim2=2).mean(dim=1)
+    if not mean_eigenvalue.isfinite().all():
+        raise ValueError("the sample's gradients must be finite, got NaN or infinity")
     if not (mean_eigenvalue > 0).all():
         block = int((mean_eigenvalue <= 0).nonzero()[0])
         raise ValueError(f"the sample's gradients must not be zero throughout; they are in block {block}")

@@ -2,7 +2,13 @@
 
 import torch
 
-from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._checks import (
+    check_backend,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from trackstar_kernels._codes import DTYPES, NARROW, code_size
 from trackstar_kernels._custom_ops import custom_op
 from trackstar_kernels._dispatch import implementation, register
@@ -53,6 +59,8 @@ def encode_rows(
     check_tensor("rows", rows)
     check_dtype("rows", rows, torch.float32, torch.float64)
     check_shape("rows", rows, ("N", "L", "d"))
+    if rows.shape[2] == 0:
+        raise ValueError(f"rows must have blocks of at least one number, got shape {tuple(rows.shape)}")
     if whiteners is not None:
         check_tensor("whiteners", whiteners)
         check_dtype("whiteners", whiteners, rows.dtype)
@@ -61,6 +69,7 @@ def encode_rows(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     check_same_device(rows=rows, whiteners=whiteners)
+    check_backend(backend)
     with torch.no_grad():
         codes, scales, squared_norms = _encode_rows(rows, whiteners, dtype, backend)
     return codes, scales if DTYPES[dtype] in NARROW else None, squared_norms

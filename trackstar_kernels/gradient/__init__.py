@@ -2,7 +2,14 @@
 
 import torch
 
-from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._checks import (
+    check_backend,
+    check_dtype,
+    check_flag,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from trackstar_kernels._custom_ops import custom_op
 from trackstar_kernels._dispatch import implementation, register
 
@@ -89,6 +96,8 @@ def project_gradients(
         check_shape("offsets", offsets, ("B + 1",))
         if len(offsets) == 0:
             raise ValueError("offsets must have at least one element, got none")
+    check_backend(backend)
+    check_flag("check_finite", check_finite)
     with torch.no_grad():
         return _project_gradients(
             activations, output_grads, left, right, scale, offsets, backend, check_finite

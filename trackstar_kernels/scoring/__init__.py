@@ -2,6 +2,7 @@
 
 import torch
 
+from trackstar_kernels._checks import check_backend, check_flag
 from trackstar_kernels._codes import NARROW
 from trackstar_kernels._custom_ops import custom_op
 from trackstar_kernels._dispatch import implementation, register
@@ -68,6 +69,8 @@ def score_topk(
         ValueError: a shape, k, start or the backend is wrong, or queries are not finite.
     """
     N = check_rows(queries, rows, k, scales, start)
+    check_flag("largest", largest)
+    check_backend(backend)
     if scales is not None and scales.dim() == 1:
         scales = scales[:, None]
     if queries.dim() == 2:
@@ -152,6 +155,8 @@ def mixed_topk(
     """
     check_task(queries, mixing)
     check_mixed_rows(queries, rows, squared_norms, k, scales, start)
+    check_flag("largest", largest)
+    check_backend(backend)
     if scales is not None and scales.dim() == 1:
         scales = scales[:, None]
     with torch.no_grad():

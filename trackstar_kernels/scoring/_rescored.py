@@ -2,9 +2,22 @@
 
 import torch
 
-from trackstar_kernels._checks import check_dtype, check_same_device, check_shape, check_tensor
+from trackstar_kernels._checks import (
+    check_backend,
+    check_dtype,
+    check_flag,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from trackstar_kernels._dispatch import implementation
-from trackstar_kernels.scoring._arguments import check_finite, check_narrow, check_task, check_wider
+from trackstar_kernels.scoring._arguments import (
+    check_finite,
+    check_narrow,
+    check_start,
+    check_task,
+    check_wider,
+)
 from trackstar_kernels.scoring._bounds import mixed_bounds, product_bounds
 from trackstar_kernels.scoring._task import prepare_task
 
@@ -52,6 +65,8 @@ def rescored_topk(
     """
     check_wider(queries, codes, wider, squared_norms, k, scales, start)
     check_finite(queries)
+    check_flag("largest", largest)
+    check_backend(backend)
     run = implementation("trackstar_kernels.scoring", "rescored_topk", queries.device, backend)
     with torch.no_grad():
         found: Rescored = run(queries, codes, wider, squared_norms, k, scales, largest, start)
@@ -93,6 +108,7 @@ def rescored_mixed_topk(
         TypeError: an argument has a wrong type or dtype.
         ValueError: a shape, k, mixing, start or the backend is wrong, or queries are not finite.
     """
+    check_flag("largest", largest)
     task = prepare_task(queries, mixing, backend=backend)
     return task.rescored_topk(codes, wider, squared_norms, k, scales=scales, largest=largest, start=start)
 
@@ -128,6 +144,7 @@ def score_bounds(
     """
     check_narrow(queries, codes, squared_norms, scales)
     check_finite(queries)
+    check_start(start, len(codes))
     check_dtype("indices", check_tensor("indices", indices), torch.int64)
     check_shape("indices", indices, (len(queries), "k"))
     check_same_device(

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
+from trackstar_kernels._checks import check_backend, check_flag, check_shape, check_tensor
 from trackstar_kernels._dispatch import implementation
 from trackstar_kernels.scoring._arguments import (
+    check_ends,
     check_finite,
     check_mixed_rows,
     check_narrow,
+    check_places,
+    check_reached,
     check_task,
     check_wider,
 )
@@ -39,21 +43,25 @@ def prepare_task(
         ValueError: the shape, mixing, asked, task or the backend is wrong, or queries are not finite.
     """
     check_task(queries, mixing)
+    check_backend(backend)
     asked = range(len(queries)) if asked is None else asked
     for name, part in (("asked", asked), ("task", task)):
+        if part is not None and not isinstance(part, range):
+            raise TypeError(f"{name} must be a range or None, got {type(part).__name__}")
         if part is not None and not (0 <= part.start < part.stop <= len(queries) and part.step == 1):
             raise ValueError(f"{name} must be a range within 0 to {len(queries)} (the queries), got {part}")
     parts = (None if part is None else slice(part.start, part.stop) for part in (asked, task))
     with torch.no_grad():
-        return Task(queries, prepare(queries, float(mixing), backend, *parts))
+        return Task(queries, len(asked), prepare(queries, float(mixing), backend, *parts))
 
 
 class Task:
     """Queries and their Hessian, ready to score the shards of a store one after another: see :func:`prepare_task`."""
 
-    def __init__(self, queries: torch.Tensor, prepared: PreparedTask) -> None:
-        """Not to be called from outside: ``prepared`` is what a backend made of the queries."""
+    def __init__(self, queries: torch.Tensor, count: int, prepared: PreparedTask) -> None:
+        """Not to be called from outside: ``prepared`` is what a backend made of the queries, to score ``count``."""
         self._queries = queries
+        self._count = count
         self._prepared = prepared
 
     def topk(
@@ -67,6 +75,7 @@ class Task:
         start: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What :func:`mixed_topk` returns for the task's queries and λ, bit for bit; same arguments, same errors."""
+        check_flag("largest", largest)
         (found,) = self._scan(rows, squared_norms, k, scales, (largest,), start)
         return found
 
@@ -95,6 +104,7 @@ class Task:
         start: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What :func:`rescored_mixed_topk` returns for the task's queries and λ; same arguments, same errors."""
+        check_flag("largest", largest)
         ((scores, indices),), count = self.rescored(
             codes, wider, squared_norms, k, scales=scales, ends=(largest,), start=start
         )
@@ -131,9 +141,15 @@ class Task:
             Scores and indices for each end: k of them, or, with ``reached``, fewer if fewer rows were scored. And
             the number of wider rows that were scored.
         """
-        taken = wider if places is None else wider[:1].expand(len(places), *wider.shape[1:])
+        taken = check_tensor("wider", wider)
+        if places is not None:
+            check_shape("wider", wider, ("n", *self._queries.shape[1:]))
+            check_places(places, wider)
+            taken = wider[:1].expand(len(places), *wider.shape[1:])
         check_wider(self._queries, codes, taken, squared_norms, k, scales, start)
+        check_ends(ends)
         reached = (None,) * len(ends) if reached is None else reached
+        check_reached(reached, ends, self._count)
         with torch.no_grad():
             rows = WiderRows(wider, places)
             found, count = self._prepared.rescored(codes, rows, squared_norms, k, scales, ends, reached)

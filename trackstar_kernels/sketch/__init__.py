@@ -2,7 +2,7 @@
 
 import torch
 
-from trackstar_kernels._checks import check_count
+from trackstar_kernels._checks import check_backend, check_count
 from trackstar_kernels._custom_ops import custom_op
 from trackstar_kernels._dispatch import implementation, register
 
@@ -11,6 +11,7 @@ BACKENDS = register(
 )
 
 KINDS = ("rademacher", "gaussian", "countsketch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def projection_matrix(
@@ -38,7 +39,7 @@ def projection_matrix(
         stream: 0 ≤ stream < 2⁶⁴; matrices of different streams are independent.
         kind: "rademacher" (±1/√rows), "gaussian" (quantiles of 16 random bits; largest entry 4.2/√rows) or
             "countsketch" (each column one ±1 in a random row, zeros elsewhere).
-        dtype: a floating-point dtype; entries are rounded to it once.
+        dtype: torch.float16, bfloat16, float32 or float64; entries are rounded to it once.
         device: where the result goes; the entries do not depend on it.
         backend: None, "triton" (device "cuda" only), "numba" or "reference".
 
@@ -48,8 +49,8 @@ def projection_matrix(
         (rows, cols) tensor.
 
     Raises:
-        TypeError: a size, seed or stream is not an int, or dtype is not floating-point.
-        ValueError: a value is out of range, or kind or backend is unknown.
+        TypeError: a size, seed or stream is not an int, or dtype is none of these.
+        ValueError: a value is out of range, kind or backend is unknown, or there is no such device.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox); Charikar et
     al., "Finding frequent items in data streams", ICALP 2002 (CountSketch); TrackStar, arXiv 2410.17413, section
@@ -61,11 +62,26 @@ def projection_matrix(
     check_count("stream", stream, 0, 2**64 - 1)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+    if dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise TypeError(f"dtype must be one of {names} of torch, got {dtype!r}")
+    check_backend(backend)
     # A custom op's integers are signed.
     seed, stream = (word - 2**64 if word >= 2**63 else word for word in (seed, stream))
-    return _projection_matrix(rows, cols, seed, stream, kind, dtype, torch.device(device), backend)
+    return _projection_matrix(rows, cols, seed, stream, kind, dtype, _existing(device), backend)
+
+
+def _existing(device: object) -> torch.device:
+    """``device``, if this machine has it."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device or a str, got {type(device).__name__}")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must name a device of torch, got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of this machine's, got {device!r}")
+    return found
 
 
 @custom_op("projection_matrix")

@@ -70,7 +70,12 @@ class Correction:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Correction":
-        """Read what :meth:`save` wrote."""
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            SafetensorError: the file is no safetensors file.
+            ValueError, TypeError, KeyError: it holds something else.
+        """
         from safetensors import safe_open
 
         scales: dict[str, torch.Tensor] = {}
@@ -84,6 +89,19 @@ class Correction:
                 else:
                     halves.setdefault(name, {})[part] = file.get_tensor(key)
         factors = {name: (pair["u"], pair["v"]) for name, pair in halves.items()}
+        if (metadata["kind"], not scales, not factors) not in (("exact", False, True), ("rank", True, False)):
+            raise ValueError(f"kind {metadata['kind']!r} is not of these tensors")
+        for name, tensors in ({n: (t,) for n, t in scales.items()} | factors).items():
+            if not all(
+                t.dim() == 2
+                and t.numel()
+                and t.dtype == torch.float32
+                and t.sum(dtype=torch.float64).isfinite()
+                for t in tensors
+            ):
+                raise ValueError(f"{name!r} has no finite float32 matrices")
+            if len({len(t) for t in tensors}) > 1:
+                raise ValueError(f"the factors of {name!r} are of different ranks")
         return Correction(metadata["kind"], metadata["source"], scales, factors)
 
     @staticmethod

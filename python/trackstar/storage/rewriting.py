@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trackstar.curvature import DAMPING, Curvature, accumulate, damped_curvature
+from trackstar.errors import StoreError
 from trackstar.progress import track
 from trackstar.storage import fingerprint
 from trackstar.storage.build import check_dtypes
@@ -146,11 +147,16 @@ def _write_rows(writer: Writer, source: Store, layout: Layout, label: str) -> No
 
 def _own_curvature(source: Store) -> Curvature:
     """R_train of all rows that are not deleted, from the rows as they are stored."""
+    if len(source) == 0:
+        raise StoreError(f"{source.path} has no rows left to make R_train of: all are deleted")
     blocks, size = source.row_shape
     whitened = torch.zeros(blocks, size, size, dtype=torch.float64)
     with track("collecting R_train", source.end) as advance:
         for shard in source.shards:
-            accumulate(whitened, shard.floats(shard.start, shard.stop))
+            rows = shard.floats(shard.start, shard.stop)
+            if not rows.isfinite().all():
+                raise shard.folder.error(f"the rows of {shard.folder.name} hold NaN or infinity")
+            accumulate(whitened, rows)
             advance(len(shard))
     # x = B⁻¹ y = R Bᵀ y, because BᵀB = R⁻¹.
     old = source.curvature

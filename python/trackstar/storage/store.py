@@ -137,6 +137,11 @@ class Store:
         arrays = {name: folder.array(name, "float64", shape) for name, shape in shapes.items()}
         arrays["whitener"] = folder.array("whitener", "float32", (blocks, size, size))
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise folder.error(f"curvature/{name} holds NaN or infinity")
+        if not (tensors["eigenvalues"] > 0).all():
+            raise folder.error("curvature/eigenvalues holds numbers that are not positive")
         return Curvature(**tensors, rotated=self.layout.narrow)
 
     @functools.cached_property
