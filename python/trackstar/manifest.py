@@ -14,7 +14,7 @@ from trackstar.errors import StoreError
 from trackstar.layout import CODES, WIDE, Layout
 from trackstar.sealed import Seal
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 
 SEGMENT = 1024
