@@ -10,8 +10,8 @@ namespace trackstar {
 
 enum class RowType { float32, float16, bfloat16, int8, int4, sign };
 
-// N rows of L blocks of d numbers; no size is zero, and N < 2³². Blocks of int4 take ⌈d/2⌉ bytes, of sign ⌈d/32⌉
-// words of 32 bits: see trackstar_kernels/encode/README.md.
+// N rows of L blocks of d numbers; no size is zero, and N < 2³². Blocks of int4 take ⌈d/64⌉ + ⌈d/2⌉ bytes, of
+// sign ⌈d/32⌉ words of 32 bits: see trackstar_kernels/encode/README.md.
 struct Rows {
   const void* values;  // each row dense
   RowType type;

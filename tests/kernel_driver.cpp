@@ -96,7 +96,7 @@ void project_gradients(Arguments& arguments, int threads) {
 // Rows as they follow each other in a file.
 trackstar::Rows rows_of(const void* values, trackstar::RowType type, const float* scales, size_t N, size_t L,
                         size_t d) {
-  const size_t numbers = type == trackstar::RowType::int4   ? (d + 1) / 2
+  const size_t numbers = type == trackstar::RowType::int4   ? (d + 63) / 64 + (d + 1) / 2
                          : type == trackstar::RowType::sign ? (d + 31) / 32
                                                             : d;
   return {values, type, static_cast<ptrdiff_t>(L * numbers), scales, N, L, d};

@@ -18,6 +18,7 @@ from test_scoring import (
 
 import trackstar_kernels as tk
 from trackstar_kernels import _C
+from trackstar_kernels._codes import code_size
 
 native_only = pytest.mark.parametrize(
     "backend", [case for case in NATIVE if case.startswith("cpu")], indirect=True
@@ -141,16 +142,30 @@ def test_rows_that_are_nearly_tied(backend, dtype, Q, k):
 
 @native_only
 def test_bytes_that_encode_rows_does_not_make(backend):
-    """-128 of int8, and -8 of int4."""
+    """-128 of int8."""
     queries = randn(9, 1, 64)
-    for codes in (
-        torch.full((40, 1, 64), -128, dtype=torch.int8),
-        torch.full((40, 1, 32), 0x88, dtype=torch.uint8),
-    ):
-        codes[::2, :, :5] = 1
-        found = tk.score_topk(queries, codes, 7)
-        wanted = alone(queries, codes, None, 7)
-        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    codes = torch.full((40, 1, 64), -128, dtype=torch.int8)
+    codes[::2, :, :5] = 1
+    found = tk.score_topk(queries, codes, 7)
+    wanted = alone(queries, codes, None, 7)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    Q=st.sampled_from([1, 2, 4, 9]),
+    d=st.sampled_from([1, 31, 33, 63, 64, 97, 128, 321]),
+    isa=st.sampled_from(_C.available_isas()),
+)
+def test_int4_of_any_bytes(seed, Q, d, isa):
+    queries = randn(Q, 2, d)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (50, 2, code_size(d, torch.uint8)), dtype=torch.uint8, generator=generator)
+    scales = randn(50, 2, seed=2)
+    with on_backend(f"cpu:{isa}"):
+        found = tk.score_topk(queries, codes, 7, scales=scales)
+        wanted = alone(queries, codes, scales, 7)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
 @narrow
@@ -193,10 +208,15 @@ def codes_of_every_value(dtype):
     if dtype == "int8":
         return torch.arange(-127, 128, dtype=torch.int8)[:, None, None], torch.arange(-127, 128)
     if dtype == "int4":
-        low, high = torch.meshgrid(torch.arange(-7, 8), torch.arange(-7, 8), indexing="ij")
-        return ((low & 15) | (high & 15) << 4).to(torch.uint8).reshape(
-            -1, 1, 1
-        ), low.flatten() + 100 * high.flatten()
+        multiplier, low, high = torch.meshgrid(
+            torch.arange(16), torch.arange(16), torch.arange(16), indexing="ij"
+        )
+        codes = torch.stack([multiplier, low | high << 4], dim=-1).to(torch.uint8).reshape(-1, 1, 2)
+        levels = torch.tensor([0, 13, 26, 40, 55, 73, 94, 123, -127, -100, -79, -63, -48, -35, -23, -11])
+        low, high = (
+            (levels[code] * (multiplier + 1) + 8).div(16, rounding_mode="floor") for code in (low, high)
+        )
+        return codes, (low + 1000 * high).flatten()
     words = torch.arange(2**8, dtype=torch.int32)
     return words[:, None, None], sum((1 - 2 * (words >> i & 1)) * 2**i for i in range(8))
 
@@ -205,7 +225,7 @@ def codes_of_every_value(dtype):
 @pytest.mark.parametrize("Q", [1, 6])
 def test_every_code(backend, dtype, Q):
     codes, values = codes_of_every_value(dtype)
-    weights = {"int8": [1.0], "int4": [1.0, 100.0], "sign": [2.0**i for i in range(8)]}[dtype]
+    weights = {"int8": [1.0], "int4": [1.0, 1000.0], "sign": [2.0**i for i in range(8)]}[dtype]
     queries = torch.tensor(weights).expand(Q, 1, -1)
     scores, indices = tk.score_topk(queries, codes, len(codes), backend=backend)
     assert torch.equal(torch.empty_like(scores).scatter(1, indices, scores), values.float().expand(Q, -1))

@@ -4,7 +4,7 @@ A block of d numbers is kept as y ≈ scale · code. The dtype of the codes alon
 
     float32, float16   the numbers themselves, without scales
     int8               whole numbers from -127 to 127
-    uint8  ("int4")    whole numbers from -7 to 7 in two's complement, two a byte, the even element in the low bits
+    uint8  ("int4")    whole numbers of which four bits and their group's multiplier tell, see :func:`pack_int4`
     int32  ("sign")    1 where a number is negative, 32 a word from the lowest bit
 
 What is left over of a block's last byte or word is zero.
@@ -23,16 +23,46 @@ DTYPES = {
 }
 NARROW = (torch.int8, torch.uint8, torch.int32)
 
+GROUP = 32
+"""Elements of int4 that share a multiplier."""
+
+MULTIPLIERS = 16
+"""An int4 group's multiplier is from 1 to this."""
+
+LEVELS = (0, 13, 26, 40, 55, 73, 94, 123, -127, -100, -79, -63, -48, -35, -23, -11)
+"""What the 16 codes of int4 stand for in a group whose multiplier is the largest: the number of code c is
+⌊(LEVELS[c] · multiplier + 8) / 16⌋. They lie where numbers of a normal distribution are lost least."""
+
 
 def code_size(size: int, dtype: torch.dtype) -> int:
     """Numbers of ``dtype`` that hold the codes of ``size`` elements."""
-    return -(-size // {torch.uint8: 2, torch.int32: 32}.get(dtype, 1))
+    if dtype == torch.uint8:
+        return -(-size // (2 * GROUP)) + -(-size // 2)
+    return -(-size // 32) if dtype == torch.int32 else size
 
 
-def pack_int4(values: torch.Tensor) -> torch.Tensor:
-    """Whole numbers (…, d) from -7 to 7 as uint8 (…, ⌈d/2⌉)."""
-    nibbles = torch.nn.functional.pad(values.to(torch.int8), (0, values.shape[-1] % 2)).view(torch.uint8) & 15
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+def pack_int4(codes: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
+    """Codes (…, d) from 0 to 15 and multipliers (…, ⌈d/32⌉) as uint8 (…, ⌈d/64⌉ + ⌈d/2⌉).
+
+    For every 64 elements a byte with the multipliers of two groups, less 1, and then their codes, two a byte. Of
+    two, the first is in the low bits.
+    """
+    size = codes.shape[-1]
+    packed = [_pairs(multipliers - 1, 2), _pairs(codes, 2 * GROUP).unflatten(-1, (-1, GROUP))]
+    cells = torch.cat([packed[0][..., None], packed[1]], dim=-1)
+    return cells.flatten(-2)[..., : code_size(size, torch.uint8)].contiguous()
+
+
+def _pairs(nibbles: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Numbers (…, n) below 16 as uint8, two a byte, with zeros behind them up to a multiple of ``multiple``."""
+    padded = torch.nn.functional.pad(nibbles.to(torch.uint8), (0, -nibbles.shape[-1] % multiple))
+    return padded[..., 0::2] | padded[..., 1::2] << 4
+
+
+def level_table(device: torch.device | None = None) -> torch.Tensor:
+    """The numbers of int4's codes, int8 (multiplier - 1, code)."""
+    multipliers = torch.arange(1, MULTIPLIERS + 1, device=device)[:, None]
+    return (torch.tensor(LEVELS, device=device) * multipliers + 8 >> 4).to(torch.int8)
 
 
 def pack_signs(values: torch.Tensor) -> torch.Tensor:
@@ -45,8 +75,13 @@ def pack_signs(values: torch.Tensor) -> torch.Tensor:
 def unpack(codes: torch.Tensor, size: int) -> torch.Tensor:
     """The numbers (…, size) that codes of any dtype stand for, before scaling: narrow ones as int8."""
     if codes.dtype == torch.uint8:
-        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :size]
-        return (nibbles ^ 8).to(torch.int8) - 8
+        cells = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (1 + GROUP))).unflatten(
+            -1, (-1, 1 + GROUP)
+        )
+        nibbles = torch.stack([cells & 15, cells >> 4], dim=-1)
+        multipliers, elements = nibbles[..., 0, :], nibbles[..., 1:, :].unflatten(-2, (2, -1)).flatten(-2)
+        place = multipliers[..., None].int() * 16 + elements
+        return level_table(codes.device).flatten()[place].flatten(-3)[..., :size]
     if codes.dtype == torch.int32:
         places = torch.arange(32, dtype=torch.int32, device=codes.device)
         bits = (codes[..., None] >> places).flatten(-2)[..., :size] & 1

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cpu/code_layout.h"
 #include "cpu/coded_kernel.h"
 #include "scoring.h"
 
@@ -23,7 +24,7 @@ inline size_t block_bytes(RowType type, size_t d) {
     case RowType::int8:
       return d;
     case RowType::int4:
-      return (d + 1) / 2;
+      return int4_bytes(d);
     default:
       return (d + 31) / 32 * 4;
   }

@@ -1,5 +1,6 @@
 #include "cpu/coded_kernel.h"
 
+#include "cpu/code_layout.h"
 #include "cpu/integer_simd.h"
 #include "cpu/lane_sums.h"
 
@@ -22,22 +23,33 @@ struct Int8Codes {
   }
 };
 
+// For every two groups of 32 elements a byte with their multipliers, and behind it 32 bytes with their codes.
 struct Int4Codes {
-  static constexpr int bias = 8, vectors = 2;
-  static constexpr size_t bytes(size_t d) { return (d + 1) / 2; }
+  static constexpr int bias = 128, vectors = kBytes == 16 ? 4 : 2;
+  static constexpr size_t bytes(size_t d) { return int4_bytes(d); }
   static void load(const uint8_t* codes, Bytes* out) {
     typedef uint16_t Pairs __attribute__((vector_size(kBytes)));
-    const Bytes both = load_bytes(codes) ^ splat_byte(0x88), low = splat_byte(15);
-    out[0] = both & low;
-    out[1] = (Bytes)((Pairs)both >> 4) & low;
+    constexpr int kGroups = kBytes / 16, kHalf = vectors / 2;
+    const Bytes low = splat_byte(15);
+#pragma GCC unroll 2
+    for (int v = 0; v < kHalf; ++v) {
+      const uint8_t *pairs[kGroups], *levels[kGroups];
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+        const int group = v * kGroups + g;
+        const uint8_t* cell = codes + group / 2 * kInt4Cell;
+        pairs[g] = cell + 1 + group % 2 * 16;
+        levels[g] = kInt4Levels.of[cell[0] >> group % 2 * 4 & 15];
+      }
+      const Bytes both = load_sixteens(pairs), numbers = load_sixteens(levels);
+      out[v] = look_up(numbers, both & low);
+      out[kHalf + v] = look_up(numbers, (Bytes)((Pairs)both >> 4) & low);
+    }
   }
   static Vec load_floats(const uint8_t* codes, size_t i) {
-    // A byte becomes the two bytes of a 16-bit number.
-    typedef uint8_t Half __attribute__((vector_size(kLanes / 2), aligned(1), may_alias));
-    typedef uint16_t Pairs __attribute__((vector_size(kLanes)));
-    const Pairs both = __builtin_convertvector(*reinterpret_cast<const Half*>(codes + i / 2), Pairs);
-    const Quarter nibbles = (Quarter)((both | both << 4) & 0x0F0F);
-    return to_floats((nibbles ^ 8) - 8);
+    const uint8_t* cell = codes + i / 64 * kInt4Cell;
+    const uint8_t* numbers = kInt4Levels.of[cell[0] >> i % 64 / 32 * 4 & 15];
+    return to_floats(look_up_pairs(numbers, cell + 1 + i % 64 / 2) ^ -128);
   }
 };
 
@@ -219,8 +231,8 @@ double square(const uint8_t* row, size_t block_bytes, const float* scales, size_
 // The last codes of a block, from element i on; what is behind them is read as zero bits.
 template <typename Codes>
 inline Vec last_floats(const uint8_t* codes, size_t i, size_t d) {
-  const size_t from = i / 8 * 8, start = Codes::bytes(from);  // where a byte begins in any dtype
-  uint8_t tail[2 * kBytes] = {};
+  const size_t from = i / 64 * 64, start = Codes::bytes(from);  // where codes begin anew in any dtype
+  uint8_t tail[Codes::bytes(64)] = {};
   copy(codes + start, Codes::bytes(d) - start, tail);
   return Codes::load_floats(tail, i - from);
 }

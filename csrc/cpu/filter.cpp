@@ -64,7 +64,7 @@ float Filter::norm_of(size_t n, double square) const {
 }
 
 float Filter::most_norm(size_t n) const {
-  const float most = rows_.type == RowType::int8 ? 128.0f : rows_.type == RowType::int4 ? 8.0f : 1.0f;
+  const float most = rows_.type == RowType::sign ? 1.0f : 128.0f;
   float largest, square;
   kernels_.sizes(scales(n), rows_.L, &largest, &square);
   return norm_of(static_cast<double>(square) * most * most * static_cast<double>(rows_.d), largest);

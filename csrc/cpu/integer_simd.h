@@ -76,6 +76,59 @@ inline Sums dot4(Sums sums, Bytes a, Bytes b) {
 #endif
 }
 
+// 16 bytes from each of several places, one after another.
+inline Bytes load_sixteens(const uint8_t* const* from) {
+#if defined(__AVX2__)
+  const auto sixteen = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i])); };
+#endif
+#if defined(__AVX512BW__)
+  __m512i all = _mm512_castsi128_si512(sixteen(0));
+  all = _mm512_inserti32x4(all, sixteen(1), 1);
+  all = _mm512_inserti32x4(all, sixteen(2), 2);
+  return (Bytes)_mm512_inserti32x4(all, sixteen(3), 3);
+#elif defined(__AVX2__)
+  return (Bytes)_mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(0)), sixteen(1), 1);
+#else
+  return load_bytes(from[0]);
+#endif
+}
+
+// Every 16 bytes of `tables` at the places that the same 16 of `indices` say, all of them below 16.
+inline Bytes look_up(Bytes tables, Bytes indices) {
+#if defined(__AVX512BW__)
+  return (Bytes)_mm512_shuffle_epi8((__m512i)tables, (__m512i)indices);
+#elif defined(__AVX2__)
+  return (Bytes)_mm256_shuffle_epi8((__m256i)tables, (__m256i)indices);
+#elif defined(__aarch64__)
+  return (Bytes)vqtbl1q_u8((uint8x16_t)tables, (uint8x16_t)indices);
+#else
+  Bytes found;
+  for (ptrdiff_t i = 0; i < kBytes; ++i) found[i] = tables[indices[i]];
+  return found;
+#endif
+}
+
+// table[n] for kLanes numbers n of four bits, two a byte, the first one in the low bits.
+inline Quarter look_up_pairs(const uint8_t* table, const uint8_t* pairs) {
+#if defined(__AVX2__)
+  // A byte becomes the two bytes of a 16-bit number.
+  uint64_t bytes = 0;
+  __builtin_memcpy(&bytes, pairs, kLanes / 2);
+  const __m128i both = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+  const __m128i nibbles = _mm_and_si128(_mm_or_si128(both, _mm_slli_epi16(both, 4)), _mm_set1_epi16(0x0F0F));
+  const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), nibbles);
+  Quarter quarter;
+  __builtin_memcpy(&quarter, &found, sizeof(quarter));
+  return quarter;
+#else
+  Quarter quarter;
+  for (ptrdiff_t i = 0; i < kLanes; ++i) {
+    quarter[i] = static_cast<int8_t>(table[pairs[i / 2] >> i % 2 * 4 & 15]);
+  }
+  return quarter;
+#endif
+}
+
 // Magnitudes of signed bytes.
 inline Bytes magnitudes(Bytes value) {
 #if defined(__AVX512BW__)

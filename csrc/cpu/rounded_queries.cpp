@@ -46,9 +46,9 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
         ordered = plain;
       } else {
         for (size_t i = 0; i < padded; i += code.elements) {
-          for (size_t j = 0; j < bytes; ++j) {
+          for (size_t j = 0; j < code.elements / 2; ++j) {
             ordered[i + j] = plain[i + 2 * j];
-            ordered[i + bytes + j] = plain[i + 2 * j + 1];
+            ordered[i + code.elements / 2 + j] = plain[i + 2 * j + 1];
           }
         }
       }

@@ -42,8 +42,8 @@ def encode_rows(
 
         - float32, float16: (N, L, d) of that dtype, and scales is None;
         - int8: (N, L, d) int8 from -127 to 127;
-        - int4: (N, L, ⌈d/2⌉) uint8, from -7 to 7 in two's complement: element 2i is in the low four bits of byte
-          i, element 2i + 1 in the high ones;
+        - int4: (N, L, ⌈d/64⌉ + ⌈d/2⌉) uint8: for every 64 elements a byte with the multipliers of two groups of 32,
+          then a byte for every two codes; they stand for whole numbers from -127 to 127, see encode/README.md;
         - sign: (N, L, ⌈d/32⌉) int32: bit i, from the lowest, of word j is 1 where element 32j + i is negative.
 
         Bits left over are 0. Narrow dtypes have scales (N, L) float32: 0 for a block of zeros, NaN for one that

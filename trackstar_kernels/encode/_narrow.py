@@ -2,12 +2,18 @@
 
 import torch
 
-from trackstar_kernels._codes import DTYPES, code_size, pack_int4, pack_signs
+from trackstar_kernels._codes import (
+    DTYPES,
+    GROUP,
+    LEVELS,
+    MULTIPLIERS,
+    code_size,
+    pack_int4,
+    pack_signs,
+    unpack,
+)
 
-LARGEST = {"int8": 127, "int4": 7}
-# Where values are clipped, as parts of a block's largest. Eight bits have room for it; with four, clipping the
-# few largest makes steps finer for all others, and what is best depends on the block's tails.
-CLIPS = {"int8": (1.0,), "int4": (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)}
+CLIPPED = (0, 1, 2)  # by how much a group's multiplier may be less than fits its largest number
 CHUNK = 2**18  # numbers narrowed at once, so that the many passes over them stay in cache
 
 
@@ -19,11 +25,11 @@ def narrow(whitened: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tens
     N, L, d = whitened.shape
     codes = whitened.new_empty(N, L, code_size(d, code_dtype), dtype=code_dtype)
     scales = whitened.new_empty(N, L, dtype=torch.float32)
-    quantize = _signs if dtype == "sign" else _whole_numbers
+    quantize = {"int8": _int8, "int4": _int4, "sign": _signs}[dtype]
     step = max(1, CHUNK // max(1, L * d))
     for start in range(0, N, step):
         part = slice(start, start + step)
-        codes[part], scales[part] = quantize(whitened[part], dtype)
+        codes[part], scales[part] = quantize(whitened[part])
     return codes, scales
 
 
@@ -34,35 +40,60 @@ def narrow_with_norms(
     return *narrow(whitened, dtype), whitened.square().sum(dim=2, dtype=torch.float64).float()
 
 
-def _signs(rows: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _signs(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Signs, and the mean magnitude."""
     return pack_signs(rows), _or_nan(rows, rows.abs().mean(dim=2, dtype=torch.float64))
 
 
-def _whole_numbers(rows: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole numbers and scale, of one for each clip, that leave the least behind.
+def _int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers of which the largest is 127, and the scale that leaves the least behind."""
+    unit, largest = _unit(rows)
+    numbers = (unit * 127).round_()
+    return numbers.nan_to_num(0).to(torch.int8), _scales(rows, unit, numbers, largest)
 
-    With codes c, the best scale of a block y is ⟨y, c⟩ / ‖c‖², which makes scale · c the projection of y on c. It
-    keeps ⟨y, c⟩² / ‖c‖² of ‖y‖².
-    """
-    top = LARGEST[dtype]
-    largest = rows.abs().amax(dim=2, keepdim=True)
-    unit = torch.where(largest == 0, 0, rows / largest)  # whose products neither overflow nor vanish
+
+def _int4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes with the multiplier, of a few for each group, that leaves the least behind, and scales."""
+    d = rows.shape[2]
+    unit, largest = _unit(rows)
+    groups = torch.nn.functional.pad(unit, (0, -d % GROUP)).unflatten(2, (-1, GROUP))
+    levels = torch.tensor(LEVELS, dtype=rows.dtype, device=rows.device) / max(map(abs, LEVELS))
+    ascending, order = levels.sort()
+    between = (ascending[1:] + ascending[:-1]) / 2
+    # Where the largest of the group just fits, and below, where it is clipped and steps are finer.
+    fitting = (groups.abs().amax(3, keepdim=True) * MULTIPLIERS).nan_to_num(0).ceil()
     tries = []
-    for clip in CLIPS[dtype]:
-        codes = (unit * (top / clip)).round_().clamp_(-top, top)
-        inner = (unit * codes).sum(dim=2, keepdim=True, dtype=torch.float64)
-        scale = inner / codes.square().sum(dim=2, keepdim=True, dtype=torch.float64)
-        tries.append((inner * scale, codes, scale))
-    best, codes, scale = tries[0]
-    for kept, other_codes, other_scale in tries[1:]:
-        better = kept > best
-        best = torch.where(better, kept, best)
+    for below in CLIPPED:
+        multipliers = (fitting - below).clamp_(1, MULTIPLIERS)
+        steps = multipliers / MULTIPLIERS
+        places = torch.bucketize(groups / steps, between)
+        lost = (ascending[places] * steps - groups).square().sum(dim=3, keepdim=True)
+        tries.append((lost, order[places], multipliers))
+    least, codes, multipliers = tries[0]
+    for lost, other_codes, other_multipliers in tries[1:]:
+        better = lost < least
+        least = torch.where(better, lost, least)
         codes = torch.where(better, other_codes, codes)
-        scale = torch.where(better, other_scale, scale)
-    scale = torch.where(largest == 0, 0, scale * largest)[:, :, 0]
-    codes = codes.nan_to_num(0).to(torch.int8)
-    return codes if dtype == "int8" else pack_int4(codes), _or_nan(rows, scale)
+        multipliers = torch.where(better, other_multipliers, multipliers)
+    codes = torch.where(unit.isfinite(), codes.flatten(2)[:, :, :d], 0)
+    multipliers = multipliers[..., 0].long()
+    packed = pack_int4(codes, multipliers)
+    return packed, _scales(rows, unit, unpack(packed, d).to(rows.dtype), largest)
+
+
+def _unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks divided by their largest magnitudes, so that products neither overflow nor vanish; and these."""
+    largest = rows.abs().amax(dim=2, keepdim=True)
+    return torch.where(largest == 0, 0, rows / largest), largest
+
+
+def _scales(
+    rows: torch.Tensor, unit: torch.Tensor, numbers: torch.Tensor, largest: torch.Tensor
+) -> torch.Tensor:
+    """The best scale of a block y for numbers c, ⟨y, c⟩ / ‖c‖², which makes scale · c the projection of y on c."""
+    inner = (unit * numbers).sum(dim=2, keepdim=True, dtype=torch.float64)
+    scale = inner / numbers.square().sum(dim=2, keepdim=True, dtype=torch.float64)
+    return _or_nan(rows, torch.where(largest == 0, 0, scale * largest)[:, :, 0])
 
 
 def _or_nan(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

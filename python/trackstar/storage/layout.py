@@ -4,14 +4,17 @@ import dataclasses
 
 import numpy as np
 
-CODES = {
-    "float32": ("float32", 1),
-    "float16": ("float16", 1),
-    "int8": ("int8", 1),
-    "int4": ("uint8", 2),
-    "sign": ("int32", 32),
+CODES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "float32": ("float32", (1,)),
+    "float16": ("float16", (1,)),
+    "int8": ("int8", (1,)),
+    "int4": ("uint8", (2, 64)),
+    "sign": ("int32", (32,)),
 }
-"""{dtype of a store: (numpy dtype that its codes are kept in, numbers that one of these holds)}, widest first."""
+"""{dtype of a store: (numpy dtype of its codes, numbers of a block for which it takes one of these)}, widest first.
+
+int4 has one byte for two codes, and another for the multipliers of 64.
+"""
 
 WIDE = ("float32", "float16")
 """Dtypes that hold a row as it is; the others hold codes, with a scale for each row and block."""
@@ -77,7 +80,8 @@ class Layout:
 
     def code_shape(self, array: str) -> tuple[int, int]:
         """(L, codes of a block) of a row of ``array``, "rows" or "wide"."""
-        return self.blocks, -(-self.size // CODES[self._dtype_of(array)][1])
+        _, numbers = CODES[self._dtype_of(array)]
+        return self.blocks, sum(-(-self.size // each) for each in numbers)
 
     def array(self, name: str, count: int) -> tuple[str, tuple[int | None, ...]]:
         """The dtype, and the shape, of an array of ``count`` rows; None where the examples decide."""
