@@ -68,7 +68,7 @@ class CodedSearch : public Filter {
         code_(code_kernels(rows_.type)),
         block_bytes_(block_bytes(rows_.type, rows_.d)),
         tile_rows_(rows_of_tile(rounded, rows_.L)),
-        scores_((tile_rows_ + kMaxFewRows) * rounded.width),
+        scores_(tile_rows_ * rounded.width),
         upper_(rounded.width),
         which_(rounded.width),
         squares_(tile_rows_) {
@@ -102,20 +102,13 @@ class CodedSearch : public Filter {
   }
 
   void score_few(size_t row, size_t count) {
-    const uint8_t* rows[kMaxFewRows];
-    const float* row_scales[kMaxFewRows];
     for (const RoundedQueries::Few& group : rounded_.few) {
-      const FewKernel& kernel = code_.few[group.count - 1];
+      const FewKernel kernel = code_.few[group.count - 1];
       const FewQueries queries{rows_.L, rows_.d, group.codes.data(), group.starts.data(),
                                group.scales.data()};
-      for (size_t first = 0; first < count; first += kernel.rows) {
-        for (int r = 0; r < kernel.rows; ++r) {
-          const size_t n = row + std::min(first + r, count - 1);
-          rows[r] = row_at(rows_, n);
-          row_scales[r] = scales(n);
-        }
-        kernel.run(rows, row_scales, block_bytes_, queries,
-                   scores_.data() + first * rounded_.width + group.first, rounded_.width);
+      for (size_t r = 0; r < count; ++r) {
+        kernel(row_at(rows_, row + r), scales(row + r), block_bytes_, queries,
+               scores_.data() + r * rounded_.width + group.first);
       }
     }
   }

@@ -1,6 +1,7 @@
 #include "cpu/coded_kernel.h"
 
 #include "cpu/code_layout.h"
+#include "cpu/fetch.h"
 #include "cpu/integer_simd.h"
 #include "cpu/lane_sums.h"
 
@@ -91,91 +92,51 @@ inline void for_steps(const uint8_t* codes, size_t from, size_t end, Use use) {
   }
 }
 
-// ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
-
-// One row after another is what memory is best at; with more queries two rows share them.
-constexpr int few_rows(int queries) { return queries > 2 ? 2 : 1; }
+// ---- Few queries: vectors along one row after another, which is what memory is best at --------------------
 
 template <typename Codes, int kQueries>
-inline void add_products(const uint8_t* const* rows, const int8_t* queries, size_t query_stride,
-                         Sums sum[][kQueries]) {
-  constexpr int kRows = few_rows(kQueries);
-  Bytes bytes[kRows][Codes::vectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) Codes::load(rows[r], bytes[r]);
+inline void add_products(const uint8_t* row, const int8_t* queries, size_t query_stride, Sums* sum) {
+  Bytes bytes[Codes::vectors];
+  Codes::load(row, bytes);
 #pragma GCC unroll 2
   for (int v = 0; v < Codes::vectors; ++v) {
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q) {
-      const Bytes query = load_bytes(queries + q * query_stride + v * kBytes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sum[r][q] = dot4(sum[r][q], bytes[r][v], query);
+      sum[q] = dot4(sum[q], bytes[v], load_bytes(queries + q * query_stride + v * kBytes));
     }
   }
 }
 
 template <typename Codes, int kQueries>
-__attribute__((noinline)) void few(const uint8_t* const* rows, const float* const* scales, size_t block_bytes,
-                                   const FewQueries& queries, float* scores, size_t score_stride) {
-  constexpr int kRows = few_rows(kQueries);
+__attribute__((noinline)) void few(const uint8_t* row, const float* scales, size_t block_bytes,
+                                   const FewQueries& queries, float* scores) {
   constexpr size_t kEvery = kElements<Codes>;
   const size_t d = queries.d, padded = (d + kEvery - 1) / kEvery * kEvery;
   const int8_t* codes = queries.codes;
   const int32_t* starts = queries.starts;
   const float* query_scales = queries.scales;
-  const size_t ahead = 2 * kRows * queries.L * block_bytes;
-  const uint8_t* row[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
-  Vec total[kRows][kQueries] = {};
+  fetch_pages(row, queries.L * block_bytes);
+  Vec total[kQueries] = {};
   for (size_t b = 0; b < queries.L; ++b) {
     for (size_t piece = 0; piece < d; piece += kMaxPiece) {
       const size_t end = d < piece + kMaxPiece ? d : piece + kMaxPiece;
-      Sums sum[kRows][kQueries];
+      Sums sum[kQueries];
+#pragma GCC unroll 4
+      for (int q = 0; q < kQueries; ++q) sum[q] = load_sums(starts + q * kLanes);
+      starts += kQueries * kLanes;
+      for_steps<Codes>(row, piece, end, [&](const uint8_t* from, size_t i) __attribute__((always_inline)) {
+        add_products<Codes, kQueries>(from, codes + i, padded, sum);
+      });
 #pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) {
-        const Sums start = load_sums(starts + q * kLanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) sum[r][q] = start;
-      }
-      starts += kQueries * kLanes;
-      size_t i = piece;
-      const uint8_t* at[kRows];
-      for (; i + kEvery <= end; i += kEvery) {
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          at[r] = row[r] + Codes::bytes(i);
-          __builtin_prefetch(at[r] + ahead);
-        }
-        add_products<Codes, kQueries>(at, codes + i, padded, sum);
-      }
-      if (i < end) {
-        // The last codes; what is behind them is zero.
-        uint8_t tail[kRows][kStep<Codes>] = {};
-        for (int r = 0; r < kRows; ++r) {
-          copy(row[r] + Codes::bytes(i), Codes::bytes(end - i), tail[r]);
-          at[r] = tail[r];
-        }
-        add_products<Codes, kQueries>(at, codes + i, padded, sum);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const Vec scale = splat(scales[r][b]);
-#pragma GCC unroll 4
-        for (int q = 0; q < kQueries; ++q)
-          total[r][q] += to_floats(sum[r][q]) * splat(query_scales[q]) * scale;
+        total[q] += to_floats(sum[q]) * splat(query_scales[q]) * splat(scales[b]);
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) row[r] += block_bytes;
+    row += block_bytes;
     codes += kQueries * padded;
     query_scales += kQueries;
   }
-  float sums[kRows * kQueries];
-  sum_lanes<kRows * kQueries>(total[0], sums);
-  for (int r = 0; r < kRows; ++r) {
-    for (int q = 0; q < kQueries; ++q) scores[r * score_stride + q] = sums[r * kQueries + q];
-  }
+  sum_lanes<kQueries>(total, scores);
 }
 
 // ---- Whole rows -------------------------------------------------------------------------------------------
@@ -407,21 +368,12 @@ size_t reaching(const float* scores, float sign, size_t n, float a, const float*
   return count;
 }
 
-template <typename Codes, int kQueries>
-constexpr FewKernel few_kernel() {
-  return {few_rows(kQueries), few<Codes, kQueries>};
-}
-
 template <typename Codes>
 constexpr CodeKernels code_kernels() {
-  return {Codes::bias,
-          Codes::bias == 1 ? -1.0f : 1.0f,
-          kElements<Codes>,
-          {few_kernel<Codes, 1>(), few_kernel<Codes, 2>(), few_kernel<Codes, 3>(), few_kernel<Codes, 4>()},
-          square<Codes>,
-          expand<Codes>,
-          exact<Codes>,
-          widen_codes<Codes>};
+  return {Codes::bias,      Codes::bias == 1 ? -1.0f : 1.0f,
+          kElements<Codes>, {few<Codes, 1>, few<Codes, 2>, few<Codes, 3>, few<Codes, 4>},
+          square<Codes>,    expand<Codes>,
+          exact<Codes>,     widen_codes<Codes>};
 }
 
 template <int kVecs>

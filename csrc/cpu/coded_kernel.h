@@ -22,15 +22,11 @@ struct FewQueries {
   const float* scales;    // (L, count)
 };
 
-// Few queries and a block of rows, at rows[r], with scales (L) at scales[r]:
+// Few queries and one row, with scales (L):
 //
-//     scores[r * score_stride + q] = Σ_b scales[r][b] · query.scales[b, q] · Σ_k ± code_b,k · query.codes[b, q, k]
-struct FewKernel {
-  int rows;
-  void (*run)(const uint8_t* const* rows, const float* const* scales, size_t block_bytes,
-              const FewQueries& queries, float* scores, size_t score_stride);
-};
-constexpr int kMaxFewRows = 4;
+//     scores[q] = Σ_b scales[b] · query.scales[b, q] · Σ_k ± code_b,k · query.codes[b, q, k]
+using FewKernel = void (*)(const uint8_t* row, const float* scales, size_t block_bytes,
+                           const FewQueries& queries, float* scores);
 
 struct CodeKernels {
   int bias;

@@ -28,9 +28,10 @@ const TableKernels* table_kernels() {
 
 namespace {
 
-// A step's indices are shared by all queries and stay in the first-level cache, a tile's scores in the second.
+// A piece's tables stay in the first-level cache while they are looked up for all rows of a tile.
 constexpr size_t kTileRows = 4 * kTableRows;
-constexpr size_t kStepWords = 16;  // that are brought into order at once
+
+constexpr size_t kLineBytes = 64;
 
 }  // namespace
 
@@ -41,8 +42,8 @@ SignTables::SignTables(const float* queries, size_t Q, size_t L, size_t d, const
   words = L * block_words;
   stride = words * kWordTables;
   for (size_t b = 0; b < L; ++b) {
-    for (size_t word = 0; word < block_words; word += kStepWords) {
-      pieces.push_back({b, b * block_words + word, std::min(kStepWords, block_words - word)});
+    for (size_t word = 0; word < block_words; word += kTableWords) {
+      pieces.push_back({b, b * block_words + word, std::min(kTableWords, block_words - word)});
     }
   }
   tables.resize(Q * stride);
@@ -68,7 +69,6 @@ class SignSearch : public Filter {
       : Filter(sought, tops),
         tables_(tables),
         Q_(tops.front().Q),
-        indices_(kTileRows / kTableRows * kStepWords * kWordIndices),
         scores_(Q_ * kTileRows),
         scales_(rows_.L * kTileRows),
         norms_(kTileRows),
@@ -113,40 +113,30 @@ class SignSearch : public Filter {
     }
   }
 
-  // Fills scores_. Pieces are taken together as long as their words fit a step.
+  // Fills scores_; meanwhile the next tile is fetched.
   void score(size_t row, size_t count) {
     const uint32_t* rows[kTileRows];
     for (size_t r = 0; r < kTileRows; ++r) {
       rows[r] = reinterpret_cast<const uint32_t*>(row_at(rows_, row + std::min(r, count - 1)));
     }
     std::fill(scores_.begin(), scores_.end(), 0.0f);
-    const size_t groups = (count + kTableRows - 1) / kTableRows;
-    const size_t ahead = sizeof(uint32_t) * kTableRows * static_cast<size_t>(rows_.stride);
-    for (size_t begin = 0, end; begin < tables_.pieces.size(); begin = end) {
-      const size_t first = tables_.pieces[begin].word;
-      size_t words = 0;
-      for (end = begin; end < tables_.pieces.size(); ++end) {
-        if (words + tables_.pieces[end].words > kStepWords) break;
-        words += tables_.pieces[end].words;
-      }
-      for (size_t group = 0; group < groups; ++group) {
-        const uint32_t* from[kTableRows];
-        for (size_t r = 0; r < kTableRows; ++r) from[r] = rows[group * kTableRows + r] + first;
-        tables_.kernels.index(from, words, ahead, indices_.data() + group * kStepWords * kWordIndices);
-      }
+    const auto* next = reinterpret_cast<const char*>(row_at(rows_, row + kTileRows));
+    const size_t calls = tables_.pieces.size() * kTileRows / kTableRows;
+    const size_t bytes = sizeof(uint32_t) * kTileRows * static_cast<size_t>(rows_.stride);
+    const size_t lines = (bytes / kLineBytes + calls - 1) / calls;
+    for (size_t p = 0; p < tables_.pieces.size(); ++p) {
+      const SignTables::Piece& piece = tables_.pieces[p];
       for (size_t q = 0; q < Q_; q += kMaxTableQueries) {
-        const size_t together = std::min(kMaxTableQueries, Q_ - q);
-        for (size_t group = 0; group < groups; ++group) {
-          const uint8_t* indices = indices_.data() + group * kStepWords * kWordIndices;
-          for (size_t p = begin; p < end; ++p) {
-            const SignTables::Piece& piece = tables_.pieces[p];
-            tables_.kernels.run[together - 1](
-                indices + (piece.word - first) * kWordIndices, piece.words,
-                tables_.tables.data() + q * tables_.stride + piece.word * kWordTables, tables_.stride,
-                scales_.data() + piece.block * kTileRows + group * kTableRows,
-                tables_.scales.data() + p * Q_ + q, scores_.data() + q * kTileRows + group * kTableRows,
-                kTileRows);
+        const auto run = tables_.kernels.run[std::min(kMaxTableQueries, Q_ - q) - 1];
+        for (size_t r = 0; r < count; r += kTableRows) {
+          // Into the second-level cache, and in order, as prefetchers like it: rows are taken a piece at a time.
+          for (size_t line = 0; q == 0 && line < lines; ++line, next += kLineBytes) {
+            __builtin_prefetch(next, 0, 2);
           }
+          run(rows + r, piece.word, piece.words,
+              tables_.tables.data() + q * tables_.stride + piece.word * kWordTables, tables_.stride,
+              scales_.data() + piece.block * kTileRows + r, tables_.scales.data() + p * Q_ + q,
+              scores_.data() + q * kTileRows + r, kTileRows);
         }
       }
     }
@@ -163,7 +153,6 @@ class SignSearch : public Filter {
 
   const SignTables& tables_;
   const size_t Q_;
-  Aligned<uint8_t> indices_;          // (group of kTableRows, words of a step, kWordIndices)
   Aligned<float> scores_;             // (Q, row of the tile)
   std::vector<float> scales_;         // (L, row of the tile)
   std::vector<float> norms_, rests_;  // of the tile's rows

@@ -9,54 +9,51 @@ namespace TRACKSTAR_ISA {
 namespace {
 
 constexpr int kCentre = 128;  // added to sums, so that bytes are not negative
-constexpr int kRange = 125;   // of sums before rounding, which adds up to 2
+constexpr int kRange = 127;   // of sums
 constexpr int kLookups = 8;   // of a word
 
-typedef int8_t Entries __attribute__((vector_size(16)));
+typedef double Entries __attribute__((vector_size(64)));
 
-// All sums ± a ± b ± c ± d, where bit i of the index negates the i-th.
-inline Entries sums_of(const int8_t* numbers) {
-  constexpr Entries kNegate[4] = {
-      {0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1},
-      {0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1},
-      {0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 0, -1, -1, -1, -1},
-      {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1},
-  };
-  Entries sums = {};
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) sums += (numbers[i] ^ kNegate[i]) - kNegate[i];
-  return sums;
+// Sums ± a ± b ± c + d, where bit i of the index negates the i-th. Those with -d are the same in reverse, negated.
+inline Entries sums_of(const float* four) {
+  constexpr Entries kSigns[3] = {
+      {1, -1, 1, -1, 1, -1, 1, -1}, {1, 1, -1, -1, 1, 1, -1, -1}, {1, 1, 1, 1, -1, -1, -1, -1}};
+  return kSigns[0] * four[0] + kSigns[1] * four[1] + kSigns[2] * four[2] + four[3];
 }
 
 float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) {
-  float largest = 0;  // Σ |values| of four
+  constexpr double kMagic = 0x1.8p52;  // of which whole numbers are the last bits
+  float largest = 0;                   // Σ |values| of four
+  double square = 0;
   for (size_t i = 0; i < d; i += 4) {
     float size = 0;
-    for (size_t j = i; j < d && j < i + 4; ++j) size += __builtin_fabsf(values[j]);
+    for (size_t j = i; j < d && j < i + 4; ++j) {
+      size += __builtin_fabsf(values[j]);
+      square += static_cast<double>(values[j]) * values[j];
+    }
     largest = size > largest ? size : largest;
   }
   const float scale = largest / kRange;
-  double square = 0, lost = 0;
+  const double unit = scale > 0 ? 1.0 / scale : 0;
+  double lost = 0;
   for (size_t word = 0; word < d; word += 32, tables += kWordTables) {
-    int8_t numbers[32] = {};
-    for (size_t j = 0; j < 32 && word + j < d; ++j) {
-      const float value = values[word + j];
-      float rounded = 0;
-      if (scale > 0) {
-        rounded = value / scale;
-        rounded = rounded < -kRange ? -kRange : rounded > kRange ? kRange : rounded;
-        rounded = (rounded + 0x1.8p23f) - 0x1.8p23f;  // to the nearest whole number
-      }
-      numbers[j] = static_cast<int8_t>(rounded);
-      const double rest = value - static_cast<double>(scale) * rounded;
-      square += static_cast<double>(value) * value;
-      lost += rest < 0 ? -rest : rest;
-    }
     for (int i = 0; i < kLookups; ++i) {
+      float four[4] = {};
+      for (size_t j = 0, from = word + 4 * i; j < 4 && from + j < d; ++j) four[j] = values[from + j];
+      const Entries sums = sums_of(four);
+      Entries rounded = (sums * unit + kMagic) - kMagic;
+      rounded = rounded < -kRange ? Entries{} - kRange : rounded > kRange ? Entries{} + kRange : rounded;
+      const Entries rest = sums - rounded * static_cast<double>(scale);
       // Of each byte the low numbers come first: 4 tables for them, 4 for the high ones.
-      const Entries sums = sums_of(numbers + 4 * i);
       uint8_t* table = tables + (i % 2 * 4 + i / 2) * 16;
-      for (int j = 0; j < 16; ++j) table[j] = static_cast<uint8_t>(sums[j] + kCentre);
+      double most = 0;
+      for (int j = 0; j < 8; ++j) {
+        table[j] = static_cast<uint8_t>(kCentre + static_cast<int>(rounded[j]));
+        table[15 - j] = static_cast<uint8_t>(kCentre - static_cast<int>(rounded[j]));
+        const double size = rest[j] < 0 ? -rest[j] : rest[j];
+        most = size > most ? size : most;
+      }
+      lost += most;
     }
   }
   squares[0] += square;
@@ -64,119 +61,90 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
   return scale;
 }
 
-constexpr int kGroup = 16;  // rows that share an index vector
-constexpr int kGroups = kTableRows / kGroup;
-
 #if defined(__AVX512VBMI__)
 
 // Masked forms of what needs no mask, as the plain ones draw a false warning from gcc 12.
 constexpr __mmask16 kAll = 0xFFFF;
 constexpr __mmask8 kAll64 = 0xFF;
 
-// 16 words of 16 rows become, for each word, a vector of its rows.
-inline void transpose(__m512i* v) {
-  __m512i t[16];
+constexpr size_t kStep = 8;  // words of a row that are loaded at once
+
+// `count` words of all rows, at most kStep, become for each word a vector of the rows.
+inline void load_words(const uint32_t* const* rows, size_t word, size_t count, __m512i* v) {
+  __m512i t[kStep];
+  const __mmask8 some = static_cast<__mmask8>((1u << count) - 1);
 #pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
+  for (int r = 0; r < 8; ++r) {
+    // Rows 0 … 3 each with the fourth after it, and 8 … 11.
+    const uint32_t* const* pair = rows + r % 4 + r / 4 * 8;
+    v[r] = _mm512_maskz_inserti64x4(kAll64,
+                                    _mm512_castsi256_si512(_mm256_maskz_loadu_epi32(some, pair[0] + word)),
+                                    _mm256_maskz_loadu_epi32(some, pair[4] + word), 1);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
     t[i] = _mm512_maskz_unpacklo_epi32(kAll, v[i], v[i + 1]);
     t[i + 1] = _mm512_maskz_unpackhi_epi32(kAll, v[i], v[i + 1]);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
     v[i] = _mm512_maskz_unpacklo_epi64(kAll64, t[i], t[i + 2]);
     v[i + 1] = _mm512_maskz_unpackhi_epi64(kAll64, t[i], t[i + 2]);
     v[i + 2] = _mm512_maskz_unpacklo_epi64(kAll64, t[i + 1], t[i + 3]);
     v[i + 3] = _mm512_maskz_unpackhi_epi64(kAll64, t[i + 1], t[i + 3]);
   }
-  // v[4 i + j] holds words j, j + 4, j + 8, j + 12 of rows 4 i … 4 i + 3.
+  // v[i] and v[4 + i] hold words i and i + 4 of rows 0 … 3 and 4 … 7, and of rows 8 … 11 and 12 … 15.
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    t[j] = _mm512_maskz_shuffle_i32x4(kAll, v[j], v[4 + j], 0x88);
-    t[4 + j] = _mm512_maskz_shuffle_i32x4(kAll, v[j], v[4 + j], 0xDD);
-    t[8 + j] = _mm512_maskz_shuffle_i32x4(kAll, v[8 + j], v[12 + j], 0x88);
-    t[12 + j] = _mm512_maskz_shuffle_i32x4(kAll, v[8 + j], v[12 + j], 0xDD);
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_maskz_shuffle_i32x4(kAll, v[i], v[4 + i], 0x88);
+    t[4 + i] = _mm512_maskz_shuffle_i32x4(kAll, v[i], v[4 + i], 0xDD);
   }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    v[j] = _mm512_maskz_shuffle_i32x4(kAll, t[j], t[8 + j], 0x88);
-    v[4 + j] = _mm512_maskz_shuffle_i32x4(kAll, t[4 + j], t[12 + j], 0x88);
-    v[8 + j] = _mm512_maskz_shuffle_i32x4(kAll, t[j], t[8 + j], 0xDD);
-    v[12 + j] = _mm512_maskz_shuffle_i32x4(kAll, t[4 + j], t[12 + j], 0xDD);
-  }
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kStep; ++i) v[i] = t[i];
 }
 
 // Numbers stay in their words, four to a 32-bit lane of a row; bits 4 and 5 of an index choose the table.
-void index(const uint32_t* const* rows, size_t words, size_t ahead, uint8_t* indices) {
-  const __m512i low = _mm512_set1_epi8(15), table = _mm512_set1_epi32(0x30201000);
-  for (size_t word = 0; word < words; word += 16) {
-    const size_t count = words - word < 16 ? words - word : 16;
-    const __mmask16 some = static_cast<__mmask16>((1u << count) - 1);
-    for (int group = 0; group < kGroups; ++group) {
-      __m512i v[16];
-#pragma GCC unroll 16
-      for (int r = 0; r < kGroup; ++r) {
-        const uint32_t* row = rows[group * kGroup + r] + word;
-        __builtin_prefetch(reinterpret_cast<const char*>(row) + ahead);
-        v[r] = _mm512_maskz_loadu_epi32(some, row);
-      }
-      transpose(v);
-      uint8_t* to = indices + word * kWordIndices + group * 64;
-#pragma GCC unroll 16
-      for (size_t w = 0; w < 16; ++w, to += kWordIndices) {
-        if (w == count) break;
-        // (x & 15) | table, of the low and of the high numbers
-        _mm512_storeu_si512(to, _mm512_ternarylogic_epi32(v[w], low, table, 0xEA));
-        _mm512_storeu_si512(
-            to + kWordIndices / 2,
-            _mm512_ternarylogic_epi32(_mm512_maskz_srli_epi32(kAll, v[w], 4), low, table, 0xEA));
-      }
-    }
-  }
-}
-
 template <int kQueries>
-void run(const uint8_t* indices, size_t words, const uint8_t* tables, size_t table_stride,
-         const float* scales, const float* query_scales, float* scores, size_t score_stride) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum[kQueries][2][kGroups];
-#pragma GCC unroll 2
+__attribute__((noinline)) void run(const uint32_t* const* rows, size_t word, size_t words,
+                                   const uint8_t* tables, size_t table_stride, const float* scales,
+                                   const float* query_scales, float* scores, size_t score_stride) {
+  const __m512i low = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000), ones = _mm512_set1_epi8(1);
+  __m512i sum[kQueries][2];  // of low and of high numbers
+#pragma GCC unroll 4
   for (int q = 0; q < kQueries; ++q) {
-#pragma GCC unroll 4
-    for (int group = 0; group < kGroups; ++group) {
-      sum[q][0][group] = _mm512_set1_epi32(-kCentre * kLookups * static_cast<int>(words));
-      sum[q][1][group] = _mm512_setzero_si512();
-    }
+    sum[q][0] = _mm512_set1_epi32(-kCentre * kLookups * static_cast<int>(words));
+    sum[q][1] = _mm512_setzero_si512();
   }
-  for (size_t word = 0; word < words; ++word, indices += kWordIndices, tables += kWordTables) {
-    __m512i table[kQueries][2];
-#pragma GCC unroll 2
-    for (int q = 0; q < kQueries; ++q) {
-      table[q][0] = _mm512_loadu_si512(tables + q * table_stride);
-      table[q][1] = _mm512_loadu_si512(tables + q * table_stride + 64);
-    }
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
+  for (size_t first = 0; first < words; first += kStep) {
+    const size_t count = words - first < kStep ? words - first : kStep;
+    __m512i v[kStep];
+    load_words(rows, word + first, count, v);
+#pragma GCC unroll 8
+    for (size_t w = 0; w < kStep; ++w, tables += kWordTables) {
+      if (w == count) break;
+      // (x & 15) | place, of the low and of the high numbers
+      const __m512i which[2] = {
+          _mm512_ternarylogic_epi32(v[w], low, place, 0xEA),
+          _mm512_ternarylogic_epi32(_mm512_maskz_srli_epi32(kAll, v[w], 4), low, place, 0xEA),
+      };
 #pragma GCC unroll 4
-      for (int group = 0; group < kGroups; ++group) {
-        const __m512i which = _mm512_loadu_si512(indices + half * kWordIndices / 2 + group * 64);
+      for (int q = 0; q < kQueries; ++q) {
 #pragma GCC unroll 2
-        for (int q = 0; q < kQueries; ++q) {
-          const __m512i found = _mm512_maskz_permutexvar_epi8(~uint64_t{0}, which, table[q][half]);
-          sum[q][half][group] = _mm512_dpbusd_epi32(sum[q][half][group], found, ones);
+        for (int half = 0; half < 2; ++half) {
+          const __m512i table = _mm512_loadu_si512(tables + q * table_stride + half * 64);
+          const __m512i found = _mm512_maskz_permutexvar_epi8(~uint64_t{0}, which[half], table);
+          sum[q][half] = _mm512_dpbusd_epi32(sum[q][half], found, ones);
         }
       }
     }
   }
-#pragma GCC unroll 2
-  for (int q = 0; q < kQueries; ++q) {
+  const Vec scale = load(scales);
 #pragma GCC unroll 4
-    for (int group = 0; group < kGroups; ++group) {
-      typedef int32_t Sums __attribute__((vector_size(64)));
-      const Sums total = (Sums)sum[q][0][group] + (Sums)sum[q][1][group];
-      float* score = scores + q * score_stride + group * kGroup;
-      const Vec weight = query_scales[q] * load(scales + group * kGroup);
-      store(score, load(score) + weight * __builtin_convertvector(total, Vec));
-    }
+  for (int q = 0; q < kQueries; ++q) {
+    typedef int32_t Sums __attribute__((vector_size(64)));
+    const Sums total = (Sums)sum[q][0] + (Sums)sum[q][1];
+    float* score = scores + q * score_stride;
+    store(score, load(score) + query_scales[q] * scale * __builtin_convertvector(total, Vec));
   }
 }
 
@@ -213,37 +181,34 @@ inline void transpose(__m256i* v) {
   for (int i = 0; i < 8; ++i) v[i] = t[i];
 }
 
-// Each byte of a word goes to a half vector of its own, with that of 16 rows: two vectors of low numbers, then two
+constexpr size_t kWordIndices = 8 * kTableRows;  // bytes: 8 numbers below 16 of each row's word
+
+// Each byte of a word goes to a half vector of its own, with that of all rows: two vectors of low numbers, then two
 // of high ones.
-void index(const uint32_t* const* rows, size_t words, size_t ahead, uint8_t* indices) {
+void index(const uint32_t* const* rows, size_t first, size_t words, uint8_t* indices) {
   const __m256i low = _mm256_set1_epi8(15);
   const __m256i by_byte = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12,
                                            1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (size_t word = 0; word < words; word += 8) {
     const size_t count = words - word < 8 ? words - word : 8;
-    for (int group = 0; group < kGroups; ++group) {
-      __m256i a[8], b[8];  // rows 0 … 3 and 8 … 11; rows 4 … 7 and 12 … 15
-      for (int r = 0; r < 8; ++r) {
-        const int even = group * kGroup + r % 4 + r / 4 * 8;
-        __builtin_prefetch(reinterpret_cast<const char*>(rows[even] + word) + ahead);
-        __builtin_prefetch(reinterpret_cast<const char*>(rows[even + 4] + word) + ahead);
-        a[r] = load_words(rows[even] + word, count);
-        b[r] = load_words(rows[even + 4] + word, count);
-      }
-      transpose(a);
-      transpose(b);
-      uint8_t* to = indices + word * kWordIndices + group * 128;
-      for (size_t w = 0; w < count; ++w, to += kWordIndices) {
-        const __m256i first = _mm256_shuffle_epi8(a[w], by_byte), second = _mm256_shuffle_epi8(b[w], by_byte);
-        const __m256i bytes[2] = {
-            _mm256_permute4x64_epi64(_mm256_unpacklo_epi32(first, second), 0xD8),
-            _mm256_permute4x64_epi64(_mm256_unpackhi_epi32(first, second), 0xD8),
-        };
-        for (int i = 0; i < 2; ++i) {
-          auto* half = reinterpret_cast<__m256i*>(to + 32 * i);
-          _mm256_storeu_si256(half, _mm256_and_si256(bytes[i], low));
-          _mm256_storeu_si256(half + 2, _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), low));
-        }
+    __m256i a[8], b[8];  // rows 0 … 3 and 8 … 11; rows 4 … 7 and 12 … 15
+    for (int r = 0; r < 8; ++r) {
+      const uint32_t* const* even = rows + r % 4 + r / 4 * 8;
+      a[r] = load_words(even[0] + first + word, count);
+      b[r] = load_words(even[4] + first + word, count);
+    }
+    transpose(a);
+    transpose(b);
+    for (size_t w = 0; w < count; ++w, indices += kWordIndices) {
+      const __m256i first = _mm256_shuffle_epi8(a[w], by_byte), second = _mm256_shuffle_epi8(b[w], by_byte);
+      const __m256i bytes[2] = {
+          _mm256_permute4x64_epi64(_mm256_unpacklo_epi32(first, second), 0xD8),
+          _mm256_permute4x64_epi64(_mm256_unpackhi_epi32(first, second), 0xD8),
+      };
+      for (int i = 0; i < 2; ++i) {
+        auto* half = reinterpret_cast<__m256i*>(indices + 32 * i);
+        _mm256_storeu_si256(half, _mm256_and_si256(bytes[i], low));
+        _mm256_storeu_si256(half + 2, _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), low));
       }
     }
   }
@@ -252,47 +217,35 @@ void index(const uint32_t* const* rows, size_t words, size_t ahead, uint8_t* ind
 // One query; bytes are summed in 16 bits, all of a pair in one sum and the high one of it in another.
 void run_one(const uint8_t* indices, size_t words, const uint8_t* tables, const float* scales,
              float query_scale, float* scores) {
-  constexpr size_t kRun = 64;  // words whose sums of bytes fit 16 bits
-  for (size_t first = 0; first < words; first += kRun) {
-    const size_t count = words - first < kRun ? words - first : kRun;
-    __m256i all[kGroups] = {}, high[kGroups] = {};
-    for (size_t word = 0; word < count; ++word, indices += kWordIndices, tables += kWordTables) {
-      __m256i table[4];
+  static_assert(255 * 2 * kLookups * kTableWords <= 65535);
+  __m256i all = {}, high = {};
+  for (size_t word = 0; word < words; ++word, indices += kWordIndices, tables += kWordTables) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        table[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tables + 32 * i));
-      }
-#pragma GCC unroll 4
-      for (int group = 0; group < kGroups; ++group) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const auto* which = reinterpret_cast<const __m256i*>(indices + group * 128 + 32 * i);
-          const __m256i found = _mm256_shuffle_epi8(table[i], _mm256_loadu_si256(which));
-          all[group] = _mm256_add_epi16(all[group], found);
-          high[group] = _mm256_add_epi16(high[group], _mm256_srli_epi16(found, 8));
-        }
-      }
+    for (int i = 0; i < 4; ++i) {
+      const auto* which = reinterpret_cast<const __m256i*>(indices + 32 * i);
+      const auto* table = reinterpret_cast<const __m256i*>(tables + 32 * i);
+      const __m256i found = _mm256_shuffle_epi8(_mm256_loadu_si256(table), _mm256_loadu_si256(which));
+      all = _mm256_add_epi16(all, found);
+      high = _mm256_add_epi16(high, _mm256_srli_epi16(found, 8));
     }
-    const int32_t start = -kCentre * kLookups * static_cast<int>(count);
-    for (int group = 0; group < kGroups; ++group) {
-      const __m256i even = _mm256_sub_epi16(all[group], _mm256_slli_epi16(high[group], 8));
-      const __m256i rows[2] = {_mm256_unpacklo_epi16(even, high[group]),
-                               _mm256_unpackhi_epi16(even, high[group])};
-      for (int i = 0; i < 2; ++i) {
-        typedef int32_t Sums __attribute__((vector_size(32)));
-        const Sums total = (Sums)_mm256_cvtepu16_epi32(_mm256_castsi256_si128(rows[i])) +
-                           (Sums)_mm256_cvtepu16_epi32(_mm256_extracti128_si256(rows[i], 1)) + start;
-        const size_t r = group * kGroup + i * 8;
-        const Vec weight = query_scale * load(scales + r);
-        store(scores + r, load(scores + r) + weight * __builtin_convertvector(total, Vec));
-      }
-    }
+  }
+  const int32_t start = -kCentre * kLookups * static_cast<int>(words);
+  const __m256i even = _mm256_sub_epi16(all, _mm256_slli_epi16(high, 8));
+  const __m256i rows[2] = {_mm256_unpacklo_epi16(even, high), _mm256_unpackhi_epi16(even, high)};
+  for (int i = 0; i < 2; ++i) {
+    typedef int32_t Sums __attribute__((vector_size(32)));
+    const Sums total = (Sums)_mm256_cvtepu16_epi32(_mm256_castsi256_si128(rows[i])) +
+                       (Sums)_mm256_cvtepu16_epi32(_mm256_extracti128_si256(rows[i], 1)) + start;
+    const Vec weight = query_scale * load(scales + i * 8);
+    store(scores + i * 8, load(scores + i * 8) + weight * __builtin_convertvector(total, Vec));
   }
 }
 
 template <int kQueries>
-void run(const uint8_t* indices, size_t words, const uint8_t* tables, size_t table_stride,
+void run(const uint32_t* const* rows, size_t word, size_t words, const uint8_t* tables, size_t table_stride,
          const float* scales, const float* query_scales, float* scores, size_t score_stride) {
+  uint8_t indices[kTableWords * kWordIndices];
+  index(rows, word, words, indices);
   for (int q = 0; q < kQueries; ++q) {
     run_one(indices, words, tables + q * table_stride, scales, query_scales[q], scores + q * score_stride);
   }
@@ -302,7 +255,7 @@ void run(const uint8_t* indices, size_t words, const uint8_t* tables, size_t tab
 
 }  // namespace
 
-const TableKernels table_kernels = {index, tabulate, {run<1>, run<2>}};
+const TableKernels table_kernels = {tabulate, {run<1>, run<2>, run<3>, run<4>}};
 
 }  // namespace TRACKSTAR_ISA
 }  // namespace trackstar
