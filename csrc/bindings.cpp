@@ -97,12 +97,17 @@ Rows rows_at(std::uintptr_t rows, const std::string& row_type, ptrdiff_t row_str
   return {at<const void>(rows), row_type_of(row_type), row_stride, at<const float>(scales), N, L, d};
 }
 
-TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions) {
-  return {Q, k, largest, at<float>(scores), at<std::int64_t>(positions)};
+TopK top_at(size_t Q, size_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions,
+            std::uintptr_t reached) {
+  return {Q, k, largest, at<float>(scores), at<std::int64_t>(positions), at<const float>(reached)};
 }
 
 void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
   score_topk(at<const float>(queries), rows, tops, threads);
+}
+
+void score_queries_at(const Queries& queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
+  score_topk(queries, rows, tops, threads);
 }
 
 void rescored_topk_at(std::uintptr_t queries, const Rows& codes, const Rows& wider,
@@ -201,9 +206,16 @@ PYBIND11_MODULE(_C, m) {
            py::arg("N"), py::arg("L"), py::arg("d"));
   py::class_<TopK>(m, "TopK", "Where results go, by address: see csrc/scoring.h.")
       .def(py::init(&top_at), py::arg("Q"), py::arg("k"), py::arg("largest"), py::arg("scores"),
-           py::arg("positions"));
+           py::arg("positions"), py::arg("reached"));
   m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  py::class_<Queries>(m, "Queries", "Queries for many scans, copied from an address: see csrc/scoring.h.")
+      .def(py::init([](std::uintptr_t values, size_t Q, size_t L, size_t d) {
+             return new Queries(at<const float>(values), Q, L, d);
+           }),
+           py::arg("values"), py::arg("Q"), py::arg("L"), py::arg("d"));
+  m.def("score_queries", &score_queries_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "score_topk: see csrc/scoring.h.");
   m.def("rescored_topk", &rescored_topk_at, py::arg("queries"), py::arg("codes"), py::arg("wider"),
         py::arg("squared_norms"), py::arg("tops"), py::arg("rescored"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
