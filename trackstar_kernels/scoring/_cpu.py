@@ -50,15 +50,12 @@ def _score_ends(
     rows = _readable(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
     results = [_results(len(queries), k) for _ in ends]
-    arrays = {
-        "rows": _rows_at(rows, scales, queries.shape[2]),
-        "tops": _tops_at(results, ends, reached),
-        "threads": torch.get_num_threads(),
-    }
+    stored, tops = _rows_at(rows, scales, queries.shape[2]), _tops_at(results, ends, reached)
+    threads = torch.get_num_threads()
     if packed is None:
-        _C.score_topk(queries=queries.data_ptr(), **arrays)
+        _C.score_topk(queries=queries.data_ptr(), rows=stored, tops=tops, threads=threads)
     else:
-        _C.score_queries(queries=packed, **arrays)
+        _C.score_queries(queries=packed, rows=stored, tops=tops, threads=threads)
     return [(scores, indices.add_(start)) for scores, indices in results]
 
 
