@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
@@ -151,10 +152,15 @@ Rows rows_at(std::uintptr_t values, const std::string& type, std::int64_t stride
           static_cast<size_t>(d)};
 }
 
-TopK top_at(std::int64_t Q, std::int64_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions) {
+TopK top_at(std::int64_t Q, std::int64_t k, bool largest, std::uintptr_t scores, std::uintptr_t positions,
+            std::uintptr_t reached) {
   check_sizes("Q and k", {Q, k});
-  return {static_cast<size_t>(Q), static_cast<size_t>(k), largest, array<float>("scores", scores),
-          array<std::int64_t>("positions", positions)};
+  return {static_cast<size_t>(Q),
+          static_cast<size_t>(k),
+          largest,
+          array<float>("scores", scores),
+          array<std::int64_t>("positions", positions),
+          at<const float>(reached)};
 }
 
 void check_tops(const std::vector<TopK>& tops, const Rows& rows) {
@@ -174,6 +180,39 @@ void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<T
   check_threads(threads);
   check_tops(tops, rows);
   score_topk(array<const float>("queries", queries), rows, tops, threads);
+}
+
+// Queries, and what shape they have.
+class CheckedQueries {
+ public:
+  CheckedQueries(std::uintptr_t values, std::int64_t Q, std::int64_t L, std::int64_t d)
+      : shape_(checked(Q, L, d)),
+        queries_(array<const float>("values", values), shape_[0], shape_[1], shape_[2]) {}
+
+  // The queries, if such rows are what they can score.
+  const Queries& of(const Rows& rows) const {
+    require(is_float(rows), "rows must be float32, float16 or bfloat16");
+    require(rows.L == shape_[1] && rows.d == shape_[2], "rows must have the queries' L and d");
+    return queries_;
+  }
+  size_t count() const { return shape_[0]; }
+
+ private:
+  static std::array<size_t, 3> checked(std::int64_t Q, std::int64_t L, std::int64_t d) {
+    check_sizes("Q, L and d", {Q, L, d});
+    return {static_cast<size_t>(Q), static_cast<size_t>(L), static_cast<size_t>(d)};
+  }
+
+  std::array<size_t, 3> shape_;
+  Queries queries_;
+};
+
+void score_queries_at(const CheckedQueries& queries, const Rows& rows, const std::vector<TopK>& tops,
+                      int threads) {
+  check_threads(threads);
+  check_tops(tops, rows);
+  require(tops.front().Q == queries.count(), "tops must have the queries' Q");
+  score_topk(queries.of(rows), rows, tops, threads);
 }
 
 void rescored_topk_at(std::uintptr_t queries, const Rows& codes, const Rows& wider,
@@ -337,9 +376,14 @@ PYBIND11_MODULE(_C, m) {
            py::arg("N"), py::arg("L"), py::arg("d"));
   py::class_<TopK>(m, "TopK", "Where results go, by address: see csrc/scoring.h.")
       .def(py::init(&top_at), py::arg("Q"), py::arg("k"), py::arg("largest"), py::arg("scores"),
-           py::arg("positions"));
+           py::arg("positions"), py::arg("reached"));
   m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
+  py::class_<CheckedQueries>(m, "Queries", "Queries for many scans, by address: see csrc/scoring.h.")
+      .def(py::init<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>(), py::arg("values"),
+           py::arg("Q"), py::arg("L"), py::arg("d"));
+  m.def("score_queries", &score_queries_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "score_topk: see csrc/scoring.h.");
   m.def("rescored_topk", &rescored_topk_at, py::arg("queries"), py::arg("codes"), py::arg("wider"),
         py::arg("squared_norms"), py::arg("tops"), py::arg("rescored"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");

@@ -27,6 +27,9 @@ struct TopK {
   bool largest;  // false: the smallest scores are best
   float* scores;
   int64_t* positions;
+  // Null, or (Q) scores that k other rows have, NaN where that is not known: what is worse may be left out, and places
+  // for which nothing is found get a NaN and position -1.
+  const float* reached = nullptr;
 };
 
 // score(q, n) = Σ_b scales[n, b] · Σ_j queries[q, b, j] · rows[n, b, j]          queries (Q, L, d), dense
@@ -40,6 +43,24 @@ struct TopK {
 // added last, in pairs. So within each of the two cases a score has the same bits whatever the other queries and
 // rows, their number, and `threads`. Scores with int8, int4 and sign rows always have the bits of the second case.
 void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
+
+// Queries (Q, L, d), dense, in the layouts of the kernels: made once, for any number of scans of rows that are not
+// narrow. The values are to be there as long.
+class Queries {
+ public:
+  Queries(const float* values, size_t Q, size_t L, size_t d);
+  ~Queries();
+
+ private:
+  friend void score_topk(const Queries&, const Rows&, const std::vector<TopK>&, int);
+  struct Layout;
+  std::unique_ptr<Layout> layout_;
+};
+
+// score_topk of float32, float16 and bfloat16 rows, with the same bits. Where it is known what other rows have reached,
+// many queries take rows rounded to bytes first, and score as they are stored only those that may be among the best,
+// as long as those are few.
+void score_topk(const Queries& queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
 
 // score_topk of the float32 or float16 rows `wider`, found through their narrow codes, which encode_rows made of
 // rows with these squared_norms (N, L), dense. Scores have the bits that they have for a single query. The number

@@ -11,7 +11,8 @@ NUMBERS = torch.zeros(256, dtype=torch.int64)
 HERE = NUMBERS.data_ptr()
 OFFSETS = torch.tensor([0, 2, 3])
 ROWS = {"values": HERE, "type": "float32", "stride": 8, "scales": 0, "N": 5, "L": 2, "d": 4}
-TOP = {"Q": 3, "k": 2, "largest": True, "scores": HERE, "positions": HERE}
+TOP = {"Q": 3, "k": 2, "largest": True, "scores": HERE, "positions": HERE, "reached": 0}
+QUERIES = {"values": HERE, "Q": 3, "L": 2, "d": 4}
 TASK = {"Q": 3, "L": 2, "d": 4, "rank": 3, "base": 1.0, "sign": -0.5, "trusted": 0.0}
 GRADIENTS = {"batch": 2, "in_features": 4, "out_features": 3, "rank": 1, "q": 2, "p": 2, "element": "float32"}
 GRADIENTS |= {"activations": HERE, "output_grads": HERE, "offsets": OFFSETS.data_ptr(), "left": HERE}
@@ -40,6 +41,7 @@ def task(blocks=(0, 1), weighted=True):
 
 
 SCORED = {"queries": HERE, "rows": rows(), "tops": [top()], "threads": 1}
+PACKED = SCORED | {"queries": _C.Queries(**QUERIES)}
 RESCORED = {"queries": HERE, "codes": codes(), "wider": rows(), "squared_norms": HERE, "tops": [top()]}
 RESCORED |= {"rescored": HERE, "threads": 1}
 MIXED = {
@@ -72,6 +74,7 @@ MISTAKES = [
         (call, valid, name, value)
         for call, valid in (
             (_C.score_topk, SCORED),
+            (_C.score_queries, PACKED),
             (_C.rescored_topk, RESCORED),
             (_C.mixed_topk, MIXED),
         )
@@ -82,6 +85,10 @@ MISTAKES = [
         for value in values
     ),
     (_C.score_topk, SCORED, "queries", 0),
+    *((_C.Queries, QUERIES, name, value) for name in ("Q", "L", "d") for value in (0, -1, 2**47, 2**62)),
+    (_C.Queries, QUERIES, "values", 0),
+    *((_C.score_queries, PACKED, "rows", other) for other in (codes(), rows(d=3), rows(L=1))),
+    (_C.score_queries, PACKED, "tops", [top(Q=2)]),
     *((_C.rescored_topk, RESCORED, name, 0) for name in ("queries", "squared_norms", "rescored")),
     (_C.rescored_topk, RESCORED, "codes", rows()),
     *((_C.rescored_topk, RESCORED, "wider", other) for other in (codes(), rows(N=4), rows(d=3))),
@@ -123,7 +130,9 @@ MISTAKES = [
         (_C.Rows, ROWS),
         (_C.TopK, TOP),
         (_C.Task, TASK),
+        (_C.Queries, QUERIES),
         (_C.score_topk, SCORED),
+        (_C.score_queries, PACKED),
         (_C.rescored_topk, RESCORED),
         (_C.mixed_topk, MIXED),
         (_C.mixed_parts, PARTS),

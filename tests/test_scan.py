@@ -136,6 +136,28 @@ def test_damage_is_named_and_what_a_filter_leaves_out_is_not_read(damaged, queri
     assert sorted(found[1][0].tolist()) == [1, 2, 3, 12]
 
 
+@pytest.mark.parametrize("piece_rows", [2, 64])
+@pytest.mark.parametrize("where", [None, [0, 3, 4, 7, 8], range(2, 4)], ids=["all", "some", "two"])
+@pytest.mark.parametrize("place", [0, 0.5, -1])
+def test_damage_anywhere_is_found_while_a_shard_is_read(tmp_path, queries, place, where, piece_rows):
+    """Whatever rows are looked at, and in however many pieces; a sound shard is compared once."""
+    store = make_store(tmp_path / "store", [random_rows(9, 0)])
+    file = store.shards[0].folder.path / "rows" / "data.ninja"
+    content = bytearray(file.read_bytes())
+
+    def scan(opened):
+        planned = plan_scan(opened, select(opened, where), len(queries), 2)
+        return dataclasses.replace(planned, piece_rows=piece_rows).run(queries, 0.5)
+
+    sound = open_store(store.path)
+    scan(sound)
+    content[int(place * len(content)) if place > 0 else place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match=r"rows/data.ninja does not match its checksum"):
+        scan(open_store(store.path))
+    scan(sound)
+
+
 def test_an_interrupted_scan_leaves_no_thread(store, queries, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt

@@ -338,6 +338,51 @@ float round(const float* values, size_t d, int8_t* codes, double* squares) {
   return scale;
 }
 
+float to_bytes(const float* values, size_t d, uint8_t* bytes, float* squares) {
+  constexpr float kMagic = 0x1.8p23f;  // of which whole numbers are the last bits
+  constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
+  float largest, square;
+  sizes(values, d, &largest, &square);
+  if (!(largest <= kLargest) || (largest < kSmallest && largest != 0)) return __builtin_nanf("");
+  const float scale = largest / 127;
+  const Vec unit = splat(scale == 0 ? 0.0f : 127 / largest), size = splat(scale);
+  Vec lost = {};
+  const auto add = [&](Vec value, uint8_t* to) {
+    const Vec code = (value * unit + splat(kMagic)) - splat(kMagic);
+    const Vec rest = value - size * code;
+    lost += rest * rest;
+    typedef uint8_t Out __attribute__((vector_size(kLanes), aligned(1), may_alias));
+    *reinterpret_cast<Out*>(to) =
+        (Out) __builtin_convertvector(__builtin_convertvector(code, Sums), Quarter) ^ 0x80;
+  };
+  size_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) add(load(values + i), bytes + i);
+  if (i < d) {
+    float tail[kLanes] = {};
+    for (size_t j = 0; i + j < d; ++j) tail[j] = values[i + j];
+    add(load(tail), bytes + i);
+    i += kLanes;
+  }
+  for (; i % kBytes != 0; ++i) bytes[i] = 128;
+  squares[0] += square;
+  squares[1] += sum_of(lost);
+  return scale;
+}
+
+float product(const uint8_t* bytes, const int8_t* codes, size_t runs, size_t padded, const int32_t* starts,
+              const float* row_scales, size_t stride, const float* query_scales) {
+  float total = 0;
+  for (size_t i = 0; i < runs; ++i, bytes += padded, codes += padded) {
+    Sums sums = {};
+    for (size_t k = 0; k < padded; k += kBytes)
+      sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
+    const int32_t whole =
+        static_cast<int32_t>(static_cast<uint32_t>(sum_of(sums)) + static_cast<uint32_t>(starts[i]));
+    total += row_scales[i * stride] * query_scales[i] * static_cast<float>(whole);
+  }
+  return total;
+}
+
 // Bit i: whether lane i is not at most its limit.
 inline unsigned lanes_above(Vec value, Vec limit) {
 #if defined(__AVX512F__)
@@ -387,6 +432,8 @@ const CodedKernels coded_kernels = {
     kLanes,
     kTop,
     round,
+    to_bytes,
+    product,
     sizes,
     code_kernels<Int8Codes>(),
     code_kernels<Int4Codes>(),

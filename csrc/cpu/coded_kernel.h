@@ -71,6 +71,16 @@ struct CodedKernels {
   // added to squares[0] and of what they lose, Σ (values - scale · code)², to squares[1]; returns the scale.
   float (*round)(const float* values, size_t d, int8_t* codes, double* squares);
 
+  // One block of a row, rounded to bytes code + 128 with codes from -127 to 127, padded with 128 to whole vectors; adds
+  // its sum of squares Σ values² to squares[0] and Σ (values - scale · code)² to squares[1], up to their rounding, and
+  // returns the scale: NaN where values are too large or too small for any of that.
+  float (*to_bytes)(const float* values, size_t d, uint8_t* bytes, float* squares);
+
+  // Σ_i row_scales[i · stride] · query_scales[i] · (starts[i] + Σ_k bytes_i,k · codes_i,k) over runs of `padded` bytes and
+  // codes, at most kMaxPiece, whole vectors.
+  float (*product)(const uint8_t* bytes, const int8_t* codes, size_t runs, size_t padded,
+                   const int32_t* starts, const float* row_scales, size_t stride, const float* query_scales);
+
   // The largest magnitude of n numbers, NaN if there is a NaN, and the sum of their squares.
   void (*sizes)(const float* values, size_t n, float* largest, float* square);
 

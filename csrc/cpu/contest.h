@@ -28,7 +28,9 @@ inline bool better(const Candidate& a, const Candidate& b) {
 // promising first, until none that is left can reach the k best. Memory is bounded however loose the bounds.
 class Contest {
  public:
-  Contest(size_t k, size_t rows) : k_(std::min(k, rows)), capacity_(std::min(waiting_room(k), rows)) {
+  // Rows that score at most `floor`, unless that is a NaN, need not be found.
+  Contest(size_t k, size_t rows, float floor)
+      : k_(std::min(k, rows)), capacity_(std::min(waiting_room(k), rows)), floor_(floor) {
     best_.reserve(k_);
     waiting_.reserve(capacity_);
   }
@@ -37,7 +39,10 @@ class Contest {
 
   // A row whose bound is at most this cannot be among the best, if its position is larger than all so far. NaN as
   // long as every row can.
-  float threshold() const { return best_.size() < k_ ? kUnknown : best_.front().score; }
+  float threshold() const {
+    if (best_.size() < k_) return floor_;
+    return best_.front().score > floor_ || std::isnan(floor_) ? best_.front().score : floor_;
+  }
 
   bool full() const { return waiting_.size() == capacity_; }
 
@@ -87,8 +92,6 @@ class Contest {
   static constexpr size_t kTogether = 8;
 
  private:
-  static constexpr float kUnknown = std::numeric_limits<float>::quiet_NaN();
-
   void offer(const Candidate& candidate) {
     if (best_.size() < k_) {
       best_.push_back(candidate);
@@ -102,6 +105,7 @@ class Contest {
   }
 
   size_t k_, capacity_;
+  float floor_;
   std::vector<Candidate> best_;     // a heap, the worst in front
   std::vector<Candidate> waiting_;  // bounds instead of scores
   int64_t scored_ = 0;

@@ -6,12 +6,8 @@
 namespace trackstar {
 namespace {
 
-// Magnitudes between which products neither overflow nor vanish. Queries and scales outside have no bounds.
-constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kUnbounded = std::numeric_limits<float>::quiet_NaN();
-
-bool bounded(double size) { return size == 0 || (size >= kSmallest && size <= kLargest); }
 
 }  // namespace
 
@@ -22,17 +18,19 @@ void ScoreBounds::set(size_t query, double squares, double lost, size_t rounding
   far[query] = bounded(norm) ? static_cast<float>(1.001 * (norm + rounding)) : kInfinity;
 }
 
-Filter::Filter(const Sought& sought, const std::vector<TopK>& tops)
+Filter::Filter(const Sought& sought, const std::vector<TopK>& tops, bool many)
     : sought_(sought),
-      rows_(sought.codes),
+      rows_(sought_.codes),
       kernels_(coded_kernels()),
       ones_(rows_.scales ? 0 : rows_.L, 1.0f) {
   for (const TopK& top : tops) {
     const float sign = top.largest ? 1.0f : -1.0f;
-    Side side{
-        ExactScores(sought.queries, sought.exact, sign), sign, {}, std::vector<float>(top.Q, kUnbounded)};
+    Side side{ExactScores(sought.queries, sought.exact, sign, many), sign, {}, {}};
     side.contests.reserve(top.Q);
-    for (size_t q = 0; q < top.Q; ++q) side.contests.emplace_back(top.k, rows_.N);
+    for (size_t q = 0; q < top.Q; ++q) {
+      side.thresholds.push_back(floor_of(top.reached, q, top.largest));
+      side.contests.emplace_back(top.k, rows_.N, side.thresholds.back());
+    }
     sides_.push_back(std::move(side));
   }
 }

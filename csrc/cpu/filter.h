@@ -1,6 +1,7 @@
 // Finding the best rows by rough scores, and scoring exactly those that a bound does not rule out.
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 #include "cpu/coded.h"
@@ -19,6 +20,9 @@ struct Sought {
   const float* squared_norms;  // of the exact rows, (N, L); null if those are the codes
 };
 
+// Magnitudes between which products neither overflow nor vanish. Queries and scales outside have no bounds.
+inline bool bounded(double size) { return size == 0 || (std::abs(size) >= 1e-10 && std::abs(size) <= 1e10); }
+
 // How far a rough score may be from the exact one: wide[q] times the norm of the decoded row, and far[q] times the
 // distance between that and the row that is scored exactly.
 struct ScoreBounds {
@@ -33,7 +37,8 @@ struct ScoreBounds {
 
 class Filter : public Search {
  public:
-  Filter(const Sought& sought, const std::vector<TopK>& tops);
+  // Exact scores have the bits that they have with many queries, or with one.
+  Filter(const Sought& sought, const std::vector<TopK>& tops, bool many);
 
   void finish() override;
   void collect(size_t top, size_t query, std::vector<Key>& keys) const override {
@@ -67,7 +72,7 @@ class Filter : public Search {
   // The distance between a decoded row and the one that is scored exactly, rounded up, from the former's square.
   float rest_of(size_t n, double square) const;
 
-  const Sought& sought_;
+  const Sought sought_;
   const Rows& rows_;
   const CodedKernels& kernels_;
   std::vector<Side> sides_;

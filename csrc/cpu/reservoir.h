@@ -36,11 +36,20 @@ inline float score_of(Key key) {
 
 inline uint32_t position_of(Key key) { return static_cast<uint32_t>(key); }
 
+// What a score must exceed to be looked for, negated where the smallest are wanted: `reached` itself is still of use,
+// as ties go to the smaller position. NaN where nothing is known.
+inline float floor_of(const float* reached, size_t query, bool largest) {
+  if (reached == nullptr || !std::isfinite(reached[query])) return std::numeric_limits<float>::quiet_NaN();
+  return std::nextafter(largest ? reached[query] : -reached[query], -std::numeric_limits<float>::infinity());
+}
+
 // The k best of what was offered so far, among some that were not yet weeded out. Positions come in ascending order,
 // so a score that only equals the threshold has lost its tie.
 class Reservoir {
  public:
-  Reservoir(size_t k, size_t offers) : k_(k), capacity_(std::min(capacity(k), offers)) {
+  // Scores that are at most `floor`, unless that is a NaN, are of no interest.
+  Reservoir(size_t k, size_t offers, float floor)
+      : k_(k), capacity_(std::min(capacity(k), offers)), threshold_(floor) {
     keys_.reserve(capacity_);
   }
 
@@ -68,7 +77,7 @@ class Reservoir {
 
   size_t k_;
   size_t capacity_;
-  float threshold_ = std::numeric_limits<float>::quiet_NaN();
+  float threshold_;
   std::vector<Key> keys_;
 };
 

@@ -35,10 +35,12 @@ Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_ro
   for (const TopK& top : tops) {
     Selection selection{top.largest, {}};
     selection.reservoirs.reserve(top.Q);
-    for (size_t q = 0; q < top.Q; ++q) selection.reservoirs.emplace_back(top.k, N);
-    // Until something is known every score is of interest.
-    std::fill_n(top.largest ? above_.begin() : below_.begin(), top.Q,
-                std::numeric_limits<float>::quiet_NaN());
+    for (size_t q = 0; q < top.Q; ++q) {
+      const float floor = floor_of(top.reached, q, top.largest);
+      selection.reservoirs.emplace_back(top.k, N, floor);
+      // Until something is known every score is of interest.
+      (top.largest ? above_ : below_)[q] = top.largest ? floor : -floor;
+    }
     selections_.push_back(std::move(selection));
   }
 }
@@ -107,6 +109,11 @@ void run_scans(const std::vector<std::unique_ptr<Search>>& scans, size_t N, cons
       const float score = score_of(best[j]);
       top.scores[q * top.k + j] = top.largest ? score : 0.0f - score;  // no minus zero
       top.positions[q * top.k + j] = position_of(best[j]);
+    }
+    if (top.reached == nullptr) continue;
+    for (size_t j = found; j < top.k; ++j) {
+      top.scores[q * top.k + j] = std::numeric_limits<float>::quiet_NaN();
+      top.positions[q * top.k + j] = -1;
     }
   }
 }

@@ -182,6 +182,86 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
   }
 }
 
+// ---- Single scores of many queries: vectors along the rows, in the order of a panel ------------------------
+
+constexpr int kAcross = kLanes / kGroup;  // rows of a vector
+
+#if defined(__AVX512F__)
+typedef double Group;
+#define TRACKSTAR_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define TRACKSTAR_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#elif defined(__AVX__)
+typedef double Group;
+#define TRACKSTAR_LOW 0, 4, 1, 5
+#define TRACKSTAR_HIGH 2, 6, 3, 7
+#else
+typedef float Group;
+#define TRACKSTAR_LOW 0, 4, 1, 5
+#define TRACKSTAR_HIGH 2, 6, 3, 7
+#endif
+typedef Group Groups __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline void transpose(Groups* rows) {
+#pragma GCC unroll 3
+  for (int width = 1; width < kAcross; width *= 2) {
+    Groups next[kAcross];
+#pragma GCC unroll 4
+    for (int i = 0; i < kAcross / 2; ++i) {
+      const Groups first = rows[i], second = rows[i + kAcross / 2];
+      next[2 * i] = __builtin_shufflevector(first, second, TRACKSTAR_LOW);
+      next[2 * i + 1] = __builtin_shufflevector(first, second, TRACKSTAR_HIGH);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kAcross; ++i) rows[i] = next[i];
+  }
+}
+
+// Adds the products of a vector of each row with one of the query.
+inline void add_across(const float* const* rows, size_t k, const float* query, Vec& sum) {
+  Groups groups[kAcross];
+#pragma GCC unroll 8
+  for (int r = 0; r < kAcross; ++r) groups[r] = (Groups)load(rows[r] + k);
+  transpose(groups);
+#pragma GCC unroll 8
+  for (int g = 0; g < kAcross; ++g) sum += (Vec)groups[g] * repeat(query + g * kGroup);
+}
+
+template <typename T>
+__attribute__((noinline)) void alone(const void* const* rows, const float* query, size_t depth,
+                                     const float* scale, float* scores) {
+  constexpr bool kWiden = sizeof(T) != sizeof(float);
+  const float* row[kAloneRows];
+  alignas(64) float wide[kWiden ? kAloneRows : 1][kAloneDepth];
+  for (int r = 0; r < kAloneRows; ++r) {
+    if constexpr (kWiden) {
+      widen(static_cast<const T*>(rows[r]), static_cast<ptrdiff_t>(depth), wide[r]);
+      row[r] = wide[r];
+    } else {
+      row[r] = static_cast<const float*>(rows[r]);
+    }
+  }
+  const size_t whole = depth / kLanes * kLanes, rest = depth - whole;
+  // The last numbers, padded with zeros to a vector.
+  float row_tail[kAloneRows][kLanes] = {}, query_tail[kLanes] = {};
+  for (size_t j = 0; j < rest; ++j) {
+    for (int r = 0; r < kAloneRows; ++r) row_tail[r][j] = row[r][whole + j];
+    query_tail[j] = query[whole + j];
+  }
+#pragma GCC unroll 2
+  for (int first = 0; first < kAloneRows; first += kAcross) {
+    Vec sum = {};
+    for (size_t k = 0; k < whole; k += kLanes) add_across(row + first, k, query + k, sum);
+    if (rest > 0) {
+      const float* tails[kAcross];
+      for (int r = 0; r < kAcross; ++r) tails[r] = row_tail[first + r];
+      add_across(tails, 0, query_tail, sum);
+    }
+    float sums[kLanes];
+    store(sums, kGroup == 1 ? sum : fold(sum, sum));
+    for (int r = 0; r < kAcross; ++r) scores[first + r] += scale[first + r] * sums[r];
+  }
+}
+
 // ---- The rest ---------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -244,7 +324,9 @@ constexpr DotKernel dot_kernel() {
 
 template <typename T>
 constexpr RowKernels row_kernels() {
-  return {{dot_kernel<1, T>(), dot_kernel<2, T>(), dot_kernel<3, T>(), dot_kernel<4, T>()}, widen_row<T>};
+  return {{dot_kernel<1, T>(), dot_kernel<2, T>(), dot_kernel<3, T>(), dot_kernel<4, T>()},
+          alone<T>,
+          widen_row<T>};
 }
 
 template <int kVecs>

@@ -42,9 +42,15 @@ constexpr size_t kAheadBytes = 1024;  // how long before a row is read its lines
 constexpr int kMaxDotQueries = 4;
 constexpr int kMaxBlockRows = 12;
 
+constexpr int kAloneRows = 8;
+constexpr size_t kAloneDepth = 256;
+
 // What rows of one type need.
 struct RowKernels {
-  DotKernel dot[kMaxDotQueries];                        // 1 to 4 queries
+  DotKernel dot[kMaxDotQueries];  // 1 to 4 queries
+  // scores[r] += scale[r] · Σ_k rows[r][k] · query[k] for kAloneRows rows, with the bits that PanelKernel gives them;
+  // depth is at most kAloneDepth.
+  void (*alone)(const void* const* rows, const float* query, size_t depth, const float* scale, float* scores);
   void (*widen)(const void* in, size_t n, float* out);  // to what a panel kernel takes
 };
 

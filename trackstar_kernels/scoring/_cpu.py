@@ -14,6 +14,7 @@ from trackstar_kernels.scoring._hessian import (
     Found,
     Hessian,
     PreparedTask,
+    Reached,
     WiderRows,
     inverse_root,
 )
@@ -41,19 +42,48 @@ def _score_ends(
     scales: torch.Tensor | None,
     ends: tuple[bool, ...],
     start: int,
+    reached: Reached = (),
+    packed: _C.Queries | None = None,
 ) -> list[Found]:
-    """One scan; the results of each of ``ends``, True for the largest scores."""
+    """One scan; the results of each of ``ends``, True for the largest scores. ``packed`` are the same queries."""
     queries = queries.contiguous()
     rows = _readable(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
     results = [_results(len(queries), k) for _ in ends]
-    _C.score_topk(
-        queries=queries.data_ptr(),
-        rows=_rows_at(rows, scales, queries.shape[2]),
-        tops=_tops_at(results, ends),
-        threads=torch.get_num_threads(),
-    )
+    stored, tops = _rows_at(rows, scales, queries.shape[2]), _tops_at(results, ends, reached)
+    threads = torch.get_num_threads()
+    if packed is None:
+        _C.score_topk(queries=queries.data_ptr(), rows=stored, tops=tops, threads=threads)
+    else:
+        _C.score_queries(queries=packed, rows=stored, tops=tops, threads=threads)
     return [(scores, indices.add_(start)) for scores, indices in results]
+
+
+class _PackedScores:
+    """:func:`_score_ends` of queries that are always the same: for rows that are not narrow they are laid out once."""
+
+    def __init__(self) -> None:
+        self._packed: dict[int, tuple[torch.Tensor, _C.Queries]] = {}
+
+    def __call__(
+        self,
+        queries: torch.Tensor,
+        rows: torch.Tensor,
+        k: int,
+        scales: torch.Tensor | None,
+        ends: tuple[bool, ...],
+        start: int,
+        reached: Reached,
+    ) -> list[Found]:
+        packed = None if rows.dtype in NARROW else self._pack(queries.contiguous())
+        return _score_ends(queries, rows, k, scales, ends, start, reached, packed)
+
+    def _pack(self, queries: torch.Tensor) -> _C.Queries:
+        """The queries (Q, L, d) in the layouts of the kernels, which L decides; these look at the tensor as well."""
+        Q, L, d = queries.shape
+        if L not in self._packed:
+            self._packed[L] = queries, _C.Queries(values=queries.data_ptr(), Q=Q, L=L, d=d)
+        return self._packed[L][1]
 
 
 def prepare_task(queries: torch.Tensor, mixing: float, asked: slice, task: slice | None) -> PreparedTask:
@@ -84,7 +114,7 @@ def rescored_topk(
         codes=_rows_at(codes, scales, queries.shape[2]),
         wider=_rows_at(wider, None, wider.shape[2]),
         squared_norms=squared_norms.data_ptr(),
-        tops=_tops_at([(scores, indices)], (largest,)),
+        tops=_tops_at([(scores, indices)], (largest,), ()),
         rescored=rescored.data_ptr(),
         threads=torch.get_num_threads(),
     )
@@ -95,7 +125,7 @@ class _CosineTask(CosineTask):
     """λ = 0. Bounds of narrow rows are those of a task with λ = 0; wider rows are scored as in any scan."""
 
     def __init__(self, queries: torch.Tensor) -> None:
-        super().__init__(queries, _score_ends)
+        super().__init__(queries, _PackedScores())
         self.queries = queries
 
     @functools.cached_property
@@ -152,6 +182,7 @@ class _MixedTask(PreparedTask):
         scales: torch.Tensor | None,
         ends: tuple[bool, ...],
         start: int,
+        reached: Reached = (),
     ) -> list[Found]:
         hessian, narrow = self.hessian, rows.dtype in NARROW
         rows, squared_norms = _readable(rows), squared_norms.contiguous()
@@ -162,7 +193,7 @@ class _MixedTask(PreparedTask):
             task=self.panels,
             squared_norms=squared_norms.data_ptr(),
             rows=_rows_at(rows, scales, hessian.queries.shape[2]),
-            tops=_tops_at(results, ends),
+            tops=_tops_at(results, ends, reached),
             doubtful=doubtful.data_ptr(),
             threads=torch.get_num_threads(),
         )
@@ -241,7 +272,7 @@ def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None, d: int) -> _C.Rows
     )
 
 
-def _tops_at(results: list[Found], ends: tuple[bool, ...]) -> list[_C.TopK]:
+def _tops_at(results: list[Found], ends: tuple[bool, ...], reached: Reached) -> list[_C.TopK]:
     return [
         _C.TopK(
             Q=scores.shape[0],
@@ -249,6 +280,9 @@ def _tops_at(results: list[Found], ends: tuple[bool, ...]) -> list[_C.TopK]:
             largest=largest,
             scores=scores.data_ptr(),
             positions=indices.data_ptr(),
+            reached=0 if known is None else known.data_ptr(),
         )
-        for (scores, indices), largest in zip(results, ends, strict=True)
+        for (scores, indices), largest, known in zip(
+            results, ends, reached or [None] * len(ends), strict=True
+        )
     ]

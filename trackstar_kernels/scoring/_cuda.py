@@ -7,7 +7,7 @@ import torch
 
 from trackstar_kernels import _C
 from trackstar_kernels._codes import NARROW, unpack
-from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, PreparedTask, inverse_root
+from trackstar_kernels.scoring._hessian import CosineTask, Found, Hessian, PreparedTask, Reached, inverse_root
 from trackstar_kernels.scoring._operands import exponents, operand
 
 TILE_ROWS = 128
@@ -52,8 +52,9 @@ def _score_ends(
     scales: torch.Tensor | None,
     ends: tuple[bool, ...],
     start: int,
+    reached: Reached = (),
 ) -> list[Found]:
-    """A scan for each of ``ends``, True for the largest scores."""
+    """A scan for each of ``ends``, True for the largest scores; nothing is left out."""
     return [score_topk(queries, rows, k, scales, largest, start) for largest in ends]
 
 
@@ -94,8 +95,9 @@ class _MixedTask(PreparedTask):
         scales: torch.Tensor | None,
         ends: tuple[bool, ...],
         start: int,
+        reached: Reached = (),
     ) -> list[Found]:
-        """A scan for each of ``ends``, True for the largest scores."""
+        """A scan for each of ``ends``, True for the largest scores; nothing is left out."""
         return [self._topk(rows, squared_norms, k, scales, largest, start) for largest in ends]
 
     def _topk(

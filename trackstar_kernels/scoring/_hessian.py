@@ -37,6 +37,10 @@ NEGLIGIBLE = 1e-12  # eigenvalues of the task's Gram matrix below this part of t
 Found = tuple[torch.Tensor, torch.Tensor]
 """Scores (Q, k) and indices (Q, k)."""
 
+Reached = Sequence[torch.Tensor | None]
+"""For each end scores (Q,) float32, contiguous, that k rows elsewhere have, or None; empty for None everywhere. A scan
+may leave out what is worse, and fills up with NaN."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hessian:
@@ -220,6 +224,7 @@ class PreparedTask:
         scales: torch.Tensor | None,
         ends: tuple[bool, ...],
         start: int,
+        reached: Reached = (),
     ) -> list[Found]:
         """A result for each of ``ends``, True for the largest scores; scales (N, L), (N, 1) or None."""
         raise NotImplementedError
@@ -232,7 +237,7 @@ class PreparedTask:
         k: int,
         scales: torch.Tensor | None,
         ends: tuple[bool, ...],
-        reached: Sequence[torch.Tensor | None],
+        reached: Reached,
     ) -> tuple[list[Found], int]:
         """A result for each of ``ends``, and the number of wider rows scored: see ``Task.rescored``.
 
@@ -249,7 +254,7 @@ class PreparedTask:
 
 
 class CosineTask(PreparedTask):
-    """λ = 0: inner products of unit vectors, by ``score_ends(queries, rows, k, scales, ends, start)``."""
+    """λ = 0: inner products of unit vectors, by ``score_ends(queries, rows, k, scales, ends, start, reached)``."""
 
     def __init__(self, queries: torch.Tensor, score_ends: Callable[..., list[Found]]) -> None:
         self.score_ends = score_ends
@@ -264,13 +269,14 @@ class CosineTask(PreparedTask):
         scales: torch.Tensor | None,
         ends: tuple[bool, ...],
         start: int,
+        reached: Reached = (),
     ) -> list[Found]:
         unit = self.unit
         inverse = inverse_root(squared_norms.sum(1, keepdim=True))
         scales = inverse if scales is None else scales * inverse
         if scales.shape[1] == 1 and rows.dtype not in NARROW:
             unit, rows = unit.reshape(len(unit), 1, -1), rows.reshape(len(rows), 1, -1)
-        return self.score_ends(unit, rows, k, scales, ends, start)
+        return self.score_ends(unit, rows, k, scales, ends, start, reached)
 
 
 def inverse_root(squares: torch.Tensor) -> torch.Tensor:

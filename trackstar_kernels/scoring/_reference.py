@@ -3,7 +3,7 @@
 import torch
 
 from trackstar_kernels._codes import NARROW, decode_rows
-from trackstar_kernels.scoring._hessian import Found, PreparedTask
+from trackstar_kernels.scoring._hessian import Found, PreparedTask, Reached
 from trackstar_kernels.scoring._merge import merge_topk
 
 
@@ -67,6 +67,7 @@ class _Task(PreparedTask):
         scales: torch.Tensor | None,
         ends: tuple[bool, ...],
         start: int,
+        reached: Reached = (),
     ) -> list[Found]:
         arrays = self.queries, rows, squared_norms, k, self.mixing, scales
         found = [mixed_topk(*arrays, largest, start, self.task) for largest in ends]

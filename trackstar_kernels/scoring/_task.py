@@ -1,7 +1,5 @@
 """Queries prepared for the shards of a store."""
 
-from collections.abc import Sequence
-
 import torch
 
 from trackstar_kernels._checks import check_backend, check_flag, check_shape, check_tensor
@@ -16,7 +14,7 @@ from trackstar_kernels.scoring._arguments import (
     check_task,
     check_wider,
 )
-from trackstar_kernels.scoring._hessian import Found, PreparedTask, WiderRows
+from trackstar_kernels.scoring._hessian import Found, PreparedTask, Reached, WiderRows
 
 
 def prepare_task(
@@ -73,10 +71,15 @@ class Task:
         scales: torch.Tensor | None = None,
         largest: bool = True,
         start: int = 0,
+        reached: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What :func:`mixed_topk` returns for the task's queries and λ, bit for bit; same arguments, same errors."""
+        """What :func:`mixed_topk` returns for the task's queries and λ, bit for bit; same arguments, same errors.
+
+        With ``reached`` (Q,) float32, scores that k rows elsewhere have, or NaN, rows that are farther from the end
+        need not be found: what is left over of the k places holds NaN.
+        """
         check_flag("largest", largest)
-        (found,) = self._scan(rows, squared_norms, k, scales, (largest,), start)
+        (found,) = self._scan(rows, squared_norms, k, scales, (largest,), start, (reached,))
         return found
 
     def extremes(
@@ -87,9 +90,10 @@ class Task:
         *,
         scales: torch.Tensor | None = None,
         start: int = 0,
+        reached: Reached = (None, None),
     ) -> tuple[Found, Found]:
         """What :meth:`topk` returns for ``largest`` True and False, bit for bit, on the CPU from one scan."""
-        highest, lowest = self._scan(rows, squared_norms, k, scales, (True, False), start)
+        highest, lowest = self._scan(rows, squared_norms, k, scales, (True, False), start, reached)
         return highest, lowest
 
     def rescored_topk(
@@ -121,7 +125,7 @@ class Task:
         ends: tuple[bool, ...] = (True,),
         start: int = 0,
         places: torch.Tensor | None = None,
-        reached: Sequence[torch.Tensor | None] | None = None,
+        reached: Reached = (),
     ) -> tuple[list[Found], int]:
         """What :meth:`topk` and :meth:`extremes` find among wider rows, as far as it may be of use.
 
@@ -148,7 +152,7 @@ class Task:
             taken = wider[:1].expand(len(places), *wider.shape[1:])
         check_wider(self._queries, codes, taken, squared_norms, k, scales, start)
         check_ends(ends)
-        reached = (None,) * len(ends) if reached is None else reached
+        reached = reached or (None,) * len(ends)
         check_reached(reached, ends, self._count)
         with torch.no_grad():
             rows = WiderRows(wider, places)
@@ -177,12 +181,14 @@ class Task:
         scales: torch.Tensor | None,
         ends: tuple[bool, ...],
         start: int,
+        reached: Reached,
     ) -> list[Found]:
         check_mixed_rows(self._queries, rows, squared_norms, k, scales, start)
+        check_reached(reached, ends, self._count)
         if scales is not None and scales.dim() == 1:
             scales = scales[:, None]
         with torch.no_grad():
-            return self._prepared.scan(rows, squared_norms, k, scales, ends, start)
+            return self._prepared.scan(rows, squared_norms, k, scales, ends, start, reached)
 
 
 def prepare(

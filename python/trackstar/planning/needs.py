@@ -151,8 +151,8 @@ class Job:
         """Most memory of queries, beyond that of an idle process."""
         rows = 4 * question.queries * self.layout.blocks * self.layout.size
         _, _, scan = self._scan(question)
-        # The scan has the queries' rows twice, whitened and not, and R_train with its whitener.
-        scanning = 12 * self.curvature + max(12 * self.curvature, rows + scan)
+        # The scan has the queries' rows twice, whitened and not, and R_train's whitener.
+        scanning = 4 * self.curvature + rows + scan
         return self.weights + self.correction + rows + max(self.sketches + self.pass_bytes, scanning)
 
     def query_seconds(self, question: "Question", rates: Rates, *, cold: bool) -> float | None:

@@ -41,17 +41,20 @@ class Piece:
     def __init__(self, shard: Shard, rows: np.ndarray, wide: bool) -> None:
         self._shard = shard
         self._first, self._stop = int(rows[0]) - shard.start, int(rows[-1]) + 1 - shard.start
-        self._arrays = ["wide", "squared_norms"] if wide else ["rows", "scales", "squared_norms"]
+        name = "wide" if wide else "rows"
+        self._arrays = [name, "squared_norms"] if wide else [name, "scales", "squared_norms"]
         self.rows = torch.from_numpy(rows)
         self.wide = wide
         self.consecutive = len(rows) == self._stop - self._first
         where = slice(self._first, self._stop) if self.consecutive else self.rows - shard.start
-        codes, scales = (shard.wide, None) if wide else (shard.codes, shard.scales)
-        if codes is None:
-            raise shard.folder.error(f"{shard.folder.name} has no wider rows")
+        codes, squared_norms = shard.unchecked_rows(name), shard.squared_norms
+        scales = None if wide else shard.scales
+        if self.consecutive and hasattr(mmap, "MADV_WILLNEED"):
+            self._advise(mmap.MADV_WILLNEED)
+        shard.compare(name, self._first, self._stop)
         self.codes = codes[where]
         self.scales = None if scales is None else scales[where]
-        self.squared_norms = shard.squared_norms[where]
+        self.squared_norms = squared_norms[where]
         if self.consecutive:
             self._fetch()
         else:
@@ -76,14 +79,17 @@ class Piece:
 
     def release(self) -> None:
         """Give the pages of the map back; to read them again is to fetch them again."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._advise(mmap.MADV_DONTNEED)
+
+    def _advise(self, advice: int) -> None:
+        """Tell the system what to do with the pages."""
         for array, start, stop in self._mapped():
             # The first page holds the end of the row before as well, which has been scored; the last page belongs
             # to the next piece.
             start, stop = (offset // mmap.PAGESIZE * mmap.PAGESIZE for offset in (start, stop))
             if start < stop:
-                array.base.madvise(mmap.MADV_DONTNEED, start, stop - start)  # type: ignore[union-attr]
+                array.base.madvise(advice, start, stop - start)  # type: ignore[union-attr]
 
     def _fetch(self) -> None:
         for array, start, stop in self._mapped():
@@ -93,14 +99,15 @@ class Piece:
         """Each array and the bytes of it that hold the piece."""
         for name in self._shard.layout.row_arrays:
             if name in self._arrays:
-                array = self._shard.array(name)
+                array = self._shard.mapped(name)
                 yield array, self._first * array.strides[0], self._stop * array.strides[0]
 
 
 def read_pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], bool]) -> Generator[Piece]:
     """The chosen rows in pieces of at most ``size``; shards that hold none of them are not opened.
 
-    A piece is valid until the next one is asked for.
+    A piece is valid until the next one is asked for. What was found in pieces counts only once the last one has been
+    asked for and there was none: the rows of a shard are compared with their checksum while they are read.
 
     Args:
         store: the store.
@@ -111,14 +118,27 @@ def read_pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], b
     Raises:
         StoreError: a shard is damaged.
     """
-    runs = ((shard, run) for shard in shards_of(store, chosen) for run in _runs(shard, chosen, size))
-    pieces = (Piece(shard, run, wide()) for shard, run in runs)
+    pieces = _pieces(store, chosen, size, wide)
+
+    def read(done: "Piece | None") -> "Piece | None":
+        if done is not None:
+            done.release()
+        return next(pieces, None)
+
     with ThreadPoolExecutor(1, "trackstar-read") as reader:
-        coming = reader.submit(next, pieces, None)
+        done, coming = None, reader.submit(read, None)
         while (piece := coming.result()) is not None:
-            coming = reader.submit(next, pieces, None)
+            coming = reader.submit(read, done)
             yield piece
-            piece.release()
+            done = piece
+
+
+def _pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], bool]) -> Iterator[Piece]:
+    """Those of :func:`read_pieces`."""
+    for shard in shards_of(store, chosen):
+        for run in _runs(shard, chosen, size):
+            yield Piece(shard, run, wide())
+        shard.end_comparisons()
 
 
 def _runs(shard: Shard, chosen: Selection, size: int) -> Iterator[np.ndarray]:

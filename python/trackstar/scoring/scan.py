@@ -165,7 +165,7 @@ class Scan:
                     found, count = self._rescored(prepared, piece, best)
                     choice.learn(len(piece), count)
                 else:
-                    found = self._scored(prepared, codes, scales, squared_norms)
+                    found = self._scored(prepared, codes, scales, squared_norms, best)
                     count = len(piece) if piece.wide else 0
                     choice.seen += len(piece)
                 for one, (scores, positions) in zip(best, found, strict=True):
@@ -182,13 +182,20 @@ class Scan:
         return [Found(*one) for one in found]
 
     def _scored(
-        self, task: Task, codes: torch.Tensor, scales: torch.Tensor | None, squared_norms: torch.Tensor
+        self,
+        task: Task,
+        codes: torch.Tensor,
+        scales: torch.Tensor | None,
+        squared_norms: torch.Tensor,
+        best: "Sequence[_Best]",
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The best of a piece in each direction."""
+        """The best of a piece in each direction, as far as they are among the best so far."""
         arrays = codes, squared_norms, min(self.k, len(codes))
+        reached = {one.largest: one.reached for one in best}
         if len(self.directions) == 1:
-            return [task.topk(*arrays, scales=scales, largest=self.directions[0])]
-        highest, lowest = task.extremes(*arrays, scales=scales)
+            (largest,) = self.directions
+            return [task.topk(*arrays, scales=scales, largest=largest, reached=reached[largest])]
+        highest, lowest = task.extremes(*arrays, scales=scales, reached=(reached[True], reached[False]))
         return [highest if largest else lowest for largest in self.directions]
 
     def _rescored(
@@ -346,9 +353,9 @@ def fit_scan(
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
     L, d, threads = layout.blocks, layout.size, torch.get_num_threads()
     # What csrc/scoring.h works with: tiles of 48 rows, and for each thread and query a reservoir of 2k + 64
-    # candidates of 16 bytes, or, of codes, k and 2k + 512 that wait. Merging takes 3k candidates of 12 bytes and
-    # sorts them three times.
-    reservoir = 16 * (3 * k + 512 if layout.narrow else 2 * k + 64)
+    # candidates of 16 bytes, or, where bounds rule rows out, k and 2k + 512 that wait. Merging takes 3k candidates of
+    # 12 bytes and sorts them three times.
+    reservoir = 16 * (3 * k + 512 if layout.narrow or not mixed else 2 * k + 64)
     per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
     fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
     per_row = 0
@@ -360,7 +367,7 @@ def fit_scan(
         per_query += 4 * (L + 3) * (rank + 16)  # vectors are padded to whole panels
         per_row += 24 * (known + d)
     if not mixed:
-        per_query += 20 * L * d
+        per_query += 21 * L * d
         per_row += 4 * L
     if layout.narrow:
         fixed += BOUNDS
@@ -405,7 +412,7 @@ class _Best:
         if self._count() < self.k:
             return None
         self._parts = [self.merged()]
-        return self._parts[0][0][:, -1]
+        return self._parts[0][0][:, -1].contiguous()
 
     def _count(self) -> int:
         return sum(scores.shape[1] for scores, _ in self._parts)

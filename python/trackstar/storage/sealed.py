@@ -7,8 +7,10 @@ folder is as it was written, and reads no file but those that are needed.
 
 import dataclasses
 import functools
+import io
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,13 +74,19 @@ def share(folder: "SealedFolder", root: Path, name: str | None = None) -> Seal:
 def checksum(file: Path) -> tuple[int, str]:
     """Size and XXH3-128 of a file, streamed."""
     digest = xxhash.xxh3_128()
-    size = 0
-    buffer = memoryview(bytearray(1 << 18))  # stays in cache between reading and hashing
     with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
+        size = _take_in(digest, stream, sys.maxsize)
     return size, digest.hexdigest()
+
+
+def _take_in(digest: xxhash.xxh3_128, stream: io.RawIOBase, most: int) -> int:
+    """Add what follows in a stream, at most so many bytes, to a digest; returns how many there were."""
+    buffer = memoryview(bytearray(1 << 18))  # stays in cache between reading and hashing
+    size = 0
+    while count := stream.readinto(buffer[: most - size]):
+        digest.update(buffer[:count])
+        size += count
+    return size
 
 
 class SealedFolder:
@@ -107,7 +115,7 @@ class SealedFolder:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise self.error(f"{file} is missing") from None
         if xxhash.xxh3_128_hexdigest(text) != self.seal.xxh3:
-            raise self.error(f"{file} does not match its checksum")
+            raise self.error(_differs(file))
         try:
             fields = json.loads(text)
             records = {str(name): (size, digest) for name, (size, digest) in fields.items()}
@@ -141,6 +149,21 @@ class SealedFolder:
         """
         for line in self.damage(below):
             raise self.error(line)
+
+    def comparison(self, name: str) -> "Comparison":
+        """What compares the array ``name`` with its checksum while it is read; its other files are required here.
+
+        Raises:
+            DamageError: one of those is damaged, or the array has not as many bytes as it should.
+        """
+        data = f"{name}/data.ninja"
+        if data not in self.checksums:
+            raise self.error(f"{self.name}/{data} is missing")
+        for file, record in self.checksums.items():
+            if file.startswith(f"{name}/"):
+                for line in self._damage_of(file, record, content=file != data):
+                    raise self.error(line)
+        return Comparison(self, data)
 
     def link(self, folder: Path, below: str = "") -> None:
         """Give the files whose names begin with ``below`` second names, or copies, in another folder.
@@ -190,21 +213,62 @@ class SealedFolder:
         except ValueError as error:  # It has become shorter since.
             raise self.error(f"{self.name}/{name} cannot be mapped: {error}") from None
 
-    def _damage_of(self, name: str, record: tuple[int, str]) -> list[str]:
-        """How one file differs from its record: nothing, or one line."""
+    def _damage_of(self, name: str, record: tuple[int, str], *, content: bool = True) -> list[str]:
+        """How one file differs from its record: nothing, or one line; without ``content`` its bytes are not read."""
         file, (size, _) = self.path / name, record
         if not file.is_file():
             return [f"{self.name}/{name} is missing"]
         found = file.stat().st_size
         if found != size:
             return [f"{self.name}/{name} has {found} bytes instead of {size}"]
-        if checksum(file) != record:
-            return [f"{self.name}/{name} does not match its checksum"]
+        if content and checksum(file) != record:
+            return [_differs(f"{self.name}/{name}")]
         return []
 
     def error(self, line: str) -> DamageError:
         """What to raise where a file of the folder is not what it should be."""
         return DamageError(self.root, line)
+
+
+class Comparison:
+    """Compares a file with its checksum while it is read from its start to its end.
+
+    What is read must not be made use of before :meth:`end` has come back.
+    """
+
+    def __init__(self, folder: SealedFolder, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._digest = xxhash.xxh3_128()
+        self._size, self._wanted = folder.checksums[name]
+        self._done = 0
+
+    def add(self, start: int, content: np.ndarray) -> None:
+        """Take in what the file holds from byte ``start`` on, uint8, but what was taken in before."""
+        self._skip(start)
+        fresh = content[self._done - start :]
+        self._digest.update(fresh.data)
+        self._done += len(fresh)
+
+    def end(self) -> None:
+        """Take in what is left of the file.
+
+        Raises:
+            DamageError: the file is not as it was written.
+        """
+        self._skip(self._size)
+        if self._digest.hexdigest() != self._wanted:
+            raise self._folder.error(_differs(f"{self._folder.name}/{self._name}"))
+
+    def _skip(self, stop: int) -> None:
+        """Take in what was passed over before byte ``stop``."""
+        if self._done < stop:
+            with (self._folder.path / self._name).open("rb", buffering=0) as stream:
+                stream.seek(self._done)
+                self._done += _take_in(self._digest, stream, stop - self._done)
+
+
+def _differs(file: str) -> str:
+    return f"{file} does not match its checksum"
 
 
 def _is_below(name: str) -> bool:

@@ -19,7 +19,7 @@ from trackstar.gradients.examples import Encoded
 from trackstar.storage.durable import new_folder
 from trackstar.storage.layout import OFFSETS, Layout
 from trackstar.storage.manifest import ShardRecord
-from trackstar.storage.sealed import SealedFolder, seal
+from trackstar.storage.sealed import Comparison, SealedFolder, seal
 from trackstar_kernels import decode_rows, encode_rows
 
 EXAMPLE_ARRAYS = ("offsets", "tokens", "strings")
@@ -78,6 +78,7 @@ class Shard:
         self.folder = SealedFolder(root, record.path, record.seal)
         self._checked = checked
         self._arrays: dict[str, np.memmap] = {}
+        self._comparisons: dict[str, Comparison] = {}
 
     def __len__(self) -> int:
         """Rows, the deleted ones included."""
@@ -86,7 +87,8 @@ class Shard:
     @functools.cached_property
     def codes(self) -> torch.Tensor:
         """(n, L, codes of a block): what the scoring ops take as rows. Blocks of a row are dense, rows padded."""
-        return self._rows("rows")
+        self.check("rows")
+        return self.unchecked_rows("rows")
 
     @functools.cached_property
     def scales(self) -> torch.Tensor | None:
@@ -101,7 +103,10 @@ class Shard:
     @functools.cached_property
     def wide(self) -> torch.Tensor | None:
         """(n, L, d) the wider copy of the rows, None where there is none. Blocks of a row are dense, rows padded."""
-        return None if self.layout.wide is None else self._rows("wide")
+        if self.layout.wide is None:
+            return None
+        self.check("wide")
+        return self.unchecked_rows("wide")
 
     @property
     def live(self) -> torch.Tensor:
@@ -159,10 +164,51 @@ class Shard:
         Raises:
             StoreError: it is missing or damaged.
         """
+        self.check(name)
+        return self.mapped(name)
+
+    def mapped(self, name: str) -> np.memmap:
+        """An array as it lies on disk, mapped; its bytes are not compared with their checksum.
+
+        Raises:
+            StoreError: it is missing or of another size.
+        """
         if name not in self._arrays:
-            self.check(name)
             self._arrays[name] = self.folder.array(name, *self.layout.array(name, len(self)), mode="c")
         return self._arrays[name]
+
+    def unchecked_rows(self, name: str) -> torch.Tensor:
+        """:attr:`codes` or :attr:`wide`, "rows" or "wide", to be compared with their checksum by :meth:`compare`.
+
+        Raises:
+            StoreError: the array is missing or of another size.
+        """
+        if not self._is_checked(name) and name not in self._comparisons:
+            self._comparisons[name] = self.folder.comparison(name)
+        blocks, codes = self.layout.code_shape(name)
+        return torch.from_numpy(self.mapped(name))[:, : blocks * codes].unflatten(1, (blocks, codes))
+
+    def compare(self, name: str, start: int, stop: int) -> None:
+        """Compare rows start ≤ i < stop of :meth:`unchecked_rows` as far as they were not compared before.
+
+        For whoever reads an array from its start to its end, so that each byte comes into the cache once. What is
+        read is not to be made use of before :meth:`end_comparisons`.
+        """
+        if name in self._comparisons:
+            array = self.mapped(name)
+            content = array[start:stop].reshape(-1).view(np.uint8)
+            self._comparisons[name].add(start * array.strides[0], content)
+
+    def end_comparisons(self) -> None:
+        """Compare what is left of all :meth:`unchecked_rows`.
+
+        Raises:
+            StoreError: they are damaged.
+        """
+        while self._comparisons:
+            name, comparison = self._comparisons.popitem()
+            comparison.end()
+            self._checked[0] |= self._bit(name)
 
     def check(self, name: str) -> None:
         """Compare an array's bytes with their checksum, unless that was done before.
@@ -170,14 +216,15 @@ class Shard:
         Raises:
             StoreError: they differ.
         """
-        bit = 1 << self.layout.arrays.index(name)
-        if not self._checked[0] & bit:
+        if not self._is_checked(name):
             self.folder.require(f"{name}/")
-            self._checked[0] |= bit
+            self._checked[0] |= self._bit(name)
 
-    def _rows(self, name: str) -> torch.Tensor:
-        blocks, codes = self.layout.code_shape(name)
-        return torch.from_numpy(self.array(name))[:, : blocks * codes].unflatten(1, (blocks, codes))
+    def _is_checked(self, name: str) -> bool:
+        return self._checked[0] & self._bit(name) != 0
+
+    def _bit(self, name: str) -> int:
+        return 1 << self.layout.arrays.index(name)
 
     def _offsets(self, index: int) -> list[list[int]]:
         position = index - self.start

@@ -125,7 +125,7 @@ class Store:
 
     @functools.cached_property
     def curvature(self) -> Curvature:
-        """R_train and what follows from it.
+        """R_train and what follows from it, mapped: what of it is not used is not in memory.
 
         Raises:
             StoreError: the build has not come that far, or a file is damaged.
@@ -133,10 +133,16 @@ class Store:
         folder = self._folder("curvature", self.manifest.curvature)
         folder.require()
         blocks, size = self.row_shape
-        shapes = {"train": (blocks, size, size), "damping": (blocks,), "eigenvalues": (blocks, size)}
-        arrays = {name: folder.array(name, "float64", shape) for name, shape in shapes.items()}
-        arrays["whitener"] = folder.array("whitener", "float32", (blocks, size, size))
-        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        arrays = {
+            "train": ("float64", (blocks, size, size)),
+            "damping": ("float64", (blocks,)),
+            "eigenvalues": ("float64", (blocks, size)),
+            "whitener": ("float32", (blocks, size, size)),
+        }
+        # Mapped privately, as torch takes only memory that may be written to.
+        tensors = {
+            name: torch.from_numpy(folder.array(name, *kind, mode="c")) for name, kind in arrays.items()
+        }
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise folder.error(f"curvature/{name} holds NaN or infinity")
