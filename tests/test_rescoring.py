@@ -329,7 +329,7 @@ GOOD = {
         ({"queries": torch.ones(2, 12)}, ValueError, r"queries must have shape \(Q, L, d\), got \(2, 12\)"),
         ({"queries": torch.full((2, 3, 4), torch.nan)}, ValueError, "queries must be finite"),
         ({"codes": torch.ones(5, 3, 4)}, TypeError, "codes must have dtype int8, uint8, int32; got float32"),
-        ({"codes": torch.ones(5, 3, 4, dtype=torch.uint8)}, ValueError, r"codes must have shape \(N, 3, 2\)"),
+        ({"codes": torch.ones(5, 3, 4, dtype=torch.uint8)}, ValueError, r"codes must have shape \(N, 3, 3\)"),
         ({"wider": torch.ones(5, 3, 5).half()}, ValueError, r"wider must have shape \(5, 3, 4\), got"),
         ({"wider": torch.ones(5, 3, 4).bfloat16()}, TypeError, "wider must have dtype float16, float32; got"),
         ({"wider": [1.0]}, TypeError, "wider must be a torch.Tensor, got list"),
