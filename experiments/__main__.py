@@ -13,10 +13,12 @@ PARTS = ("provenance", "ladder", "sweeps", "tail_patch", "kinds", "lds", "remova
 def main() -> int:
     """Run every part, each with the options given."""
     here = study(__doc__)
+    begun = time.perf_counter()
     for part in PARTS:
         start = time.perf_counter()
         importlib.import_module(f"experiments.{part}").main(sys.argv[1:])
         print(f"{part}: {time.perf_counter() - start:.0f} s at size {here.name}", flush=True)
+    print(f"all parts: {time.perf_counter() - begun:.0f} s at size {here.name}")
     return 0
 
 

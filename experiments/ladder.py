@@ -13,6 +13,7 @@ from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
 from trackstar.examples import encode_examples, encode_queries
+from trackstar.probability import stored_probabilities
 
 from examples.assets import MINILM, unpacked
 from experiments import corpus
@@ -118,6 +119,14 @@ def _by_rows(
     return scores(passages, asked, mixing=mixing, **settings)
 
 
+def _by_trak(here: Study) -> torch.Tensor:
+    """As the engine does: gradients of the margin on both sides, R, no norms, and passages weighed by 1 − p̄."""
+    store = built(here, correction=None, output="margin")
+    asked = question_rows(here, store, questions(here), output="margin")
+    probabilities = stored_probabilities(store, *load_model(checkpoint(here)))
+    return scores(passage_rows(store), asked, unit_norm=False) * (1 - probabilities)
+
+
 def _by_ekfac(here: Study) -> torch.Tensor:
     """Influence (Q, N) by EK-FAC on the size's modules, the queries' gradients of rank ``RANK``.
 
@@ -146,6 +155,7 @@ METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
     "R mixed, norm": lambda here: _by_rows(here, None, mixed=True),
     "V, R, norm": lambda here: _by_rows(here, EXACT),
     TRACKSTAR: lambda here: _by_rows(here, EXACT, mixed=True),
+    "TRAK": _by_trak,
     "EK-FAC": _by_ekfac,
 }
 """By name: what scores every passage for every question. V is exact and AdamW's own; R is damped as the engine does."""

@@ -1,16 +1,21 @@
 """The study's own arithmetic: its dense scores against the engine's, its questions, its page."""
 
+import json
+import random
+
 import pytest
 import torch
 from synthetic import make_store
 from trackstar.attribution import score_rows
 from trackstar.curvature import choose_mixing
 
-from experiments.corpus import _mentioning, _wordnet_facts
+from experiments.corpus import _mentioning, _wordnet_facts, load
 from experiments.document import Document
+from experiments.provenance import batches
 from experiments.quality import with_gold
 from experiments.scores import automatic_mixing, ranking, scores
 from experiments.stores import passage_rows
+from experiments.study import chosen, parser
 from experiments.wordnet import entities
 
 N, L, D, Q = 60, 3, 16, 5
@@ -92,6 +97,58 @@ def test_facts_are_asked_by_a_name_that_shares_no_word_with_the_passage_where_th
     assert facts["occupation"].relation_gold == ("wordnet/00000004",)
     texts = {"a": "Twain, Mark", "b": "Mark Twain was a writer", "c": "Mark Twain was a rewriter"}
     assert _mentioning(facts["occupation"], texts) == ["b"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Writes a corpus of the user's, and gives the study of it."""
+
+    def write(facts):
+        folder = tmp_path / "own"
+        folder.mkdir(exist_ok=True)
+        passages = [{"id": "a", "text": "Oslo lies in Norway"}, {"id": "b", "text": "Oslo, a city of Norway"}]
+        for name, lines in (("passages", passages), ("facts", facts)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return chosen(parser("").parse_args(["--work", str(tmp_path), "--corpus", str(folder)]))
+
+    return write
+
+
+FACT = {"subject": "Oslo", "prompt": "Oslo is located in", "target": " Norway", "gold": ["a"]}
+
+
+def test_a_corpus_of_ones_own(own, tmp_path):
+    here = own([FACT, FACT | {"id": "x", "relation": "part of", "form": "alias"}])
+    passages, facts = load(here)
+    assert here.folder == tmp_path / "small-0-own"
+    assert [passage["id"] for passage in passages] == ["a", "b"]
+    assert [(f.id, f.relation, f.form) for f in facts] == [
+        ("fact-1", "fact", "plain"),
+        ("x", "part of", "alias"),
+    ]
+    assert (facts[0].relation_gold, facts[0].lexical_gold) == (("a",), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [
+        ([FACT | {"gold": ["c"]}], "fact-1 names 'c'"),
+        ([FACT | {"form": "sung"}], "fact-1 has 'sung'"),
+        ([FACT | {"id": "x"}] * 2, "'x' stands twice"),
+    ],
+)
+def test_a_corpus_of_ones_own_is_checked(own, facts, problem):
+    with pytest.raises(ValueError, match=problem):
+        load(own(facts))
+
+
+def test_batches_hold_every_passage_once_and_are_nearly_of_one_length():
+    lengths = [i % 40 + 1 for i in range(1000)]
+    found = batches(lengths, 16, random.Random(0))
+    assert sorted(i for members in found for i in members) == list(range(1000))
+    padded_tokens = sum(len(members) * max(lengths[i] for i in members) for members in found)
+    assert padded_tokens < 1.1 * sum(lengths)
+    assert found != batches(lengths, 16, random.Random(1))
 
 
 def test_questions_without_that_gold_are_left_out():
