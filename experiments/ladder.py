@@ -127,21 +127,22 @@ def _by_trak(here: Study) -> torch.Tensor:
     return scores(passage_rows(store), asked, unit_norm=False) * (1 - probabilities)
 
 
-def _by_ekfac(here: Study) -> torch.Tensor:
-    """Influence (Q, N) by EK-FAC on the size's modules, the queries' gradients of rank ``RANK``.
+def influence(
+    here: Study, asked: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
+    """Influence (Q, N) of examples by EK-FAC of the corpus on the size's modules, queries' gradients of rank ``RANK``.
 
     ``trackstar.ekfac.influence`` scores the best anew at full rank, which for all pairs would take hours.
     """
     model, tokenizer = load_model(checkpoint(here))
     passages, _ = corpus.load(here)
-    asked = questions(here)
     factors = fit_factors(
         here.path("ekfac"), model, passages, tokenizer=tokenizer, modules=list(here.size.ekfac)
     )
     capture = TokenCapture(model, list(factors.shapes))
     inverse = DampedInverse(factors, DAMPING, torch.device("cpu"))
     thin = thin_queries(capture, encode_queries(asked, tokenizer), inverse, RANK, "loss")
-    return scores_of(capture, encode_examples(passages, tokenizer), thin, lambda count: None).float()
+    return scores_of(capture, encode_examples(examples, tokenizer), thin, lambda count: None).float()
 
 
 METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
@@ -156,7 +157,7 @@ METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
     "V, R, norm": lambda here: _by_rows(here, EXACT),
     TRACKSTAR: lambda here: _by_rows(here, EXACT, mixed=True),
     "TRAK": _by_trak,
-    "EK-FAC": _by_ekfac,
+    "EK-FAC": lambda here: influence(here, questions(here), corpus.load(here)[0]),
 }
 """By name: what scores every passage for every question. V is exact and AdamW's own; R is damped as the engine does."""
 

@@ -60,6 +60,13 @@ def test_scores_without_norm_and_curvature(rows):
     torch.testing.assert_close(scores(passages, questions, whitened=False), cosine, rtol=1e-4, atol=1e-5)
 
 
+def test_passages_that_were_not_trained_on_are_scored_with_the_curvature_of_those_that_were(rows):
+    passages, questions = rows
+    whole = scores(passages, questions, mixing=0.4)
+    part = scores(passages[:7], questions, mixing=0.4, trained=passages)
+    torch.testing.assert_close(part, whole[:, :7], rtol=1e-6, atol=1e-6)
+
+
 def test_ties_are_ranked_in_order():
     assert ranking(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), ["a", "b", "c", "d"]) == [["b", "c", "a", "d"]]
 
