@@ -8,6 +8,7 @@ from experiments.corpus import Fact
 from experiments.kinds import KINDS, kind_of, passages_by_relation, shares
 from experiments.order import FLIPPED, own, passage_forms, ratio, sentence_forms
 from experiments.tail_patch import agreement, evenly, gains
+from experiments.wordnet import Entity
 
 FACT = Fact(
     "a#capital", "capital", "plain", "New Zealand", "The capital of New Zealand is", " Wellington", ("a",)
@@ -15,20 +16,45 @@ FACT = Fact(
 OTHER = Fact("b#capital", "capital", "plain", "Peru", "The capital of Peru is", " Lima", ("b",))
 
 
+IN = Fact("c#part of", "part of", "alias", "IN", "IN is located in", " The Union", ("c",))
+
+RELATED = {"capital": {"a", "b"}}
+
+
 @pytest.mark.parametrize(
-    ("passage", "text", "kind"),
+    ("fact", "passage", "text", "kind"),
     [
-        ("a", "the city of the winds", "entails the fact"),
-        ("x", "wellington is where New Zealand is governed from", "entails the fact"),
-        ("x", "New Zealand has sheep", "same subject or object"),
-        ("x", "Wellingtons are boots", "other"),
-        ("b", "Peru - Capital: name: Lima", "same relation"),
-        ("x", "a novel of New York", "name overlap"),
-        ("x", "a new day", "other"),
+        (FACT, "a", "the city of the winds", "entails the fact"),
+        (FACT, "x", "wellington is where New Zealand is governed from", "entails the fact"),
+        (FACT, "x", "New Zealand has sheep", "same subject or object"),
+        (FACT, "x", "Wellingtons are boots", "other"),
+        (FACT, "b", "Peru - Capital: name: Lima", "same relation"),
+        (FACT, "x", "a novel of New York", "name overlap"),
+        (FACT, "x", "a new day", "other"),
+        (IN, "x", "the sea is in it", "other"),
+        (IN, "x", "The sea is IN it", "same subject or object"),
+        (IN, "x", "The sea", "other"),
+        (IN, "x", "Union Jack", "name overlap"),
     ],
 )
-def test_kind_of_a_passage(passage, text, kind):
-    assert kind_of(FACT, passage, text, passages_by_relation([FACT, OTHER])) == kind
+def test_kind_of_a_passage(fact, passage, text, kind):
+    assert kind_of(fact, passage, text, RELATED) == kind
+
+
+def test_passages_state_relations_whether_they_are_asked_for_or_not():
+    poet = Entity("wordnet/1", ("Petrarch",), "an Italian poet (1304-1374)", True, ("poet",), ())
+    texts = {
+        "wordnet/1": poet.text,
+        "factbook/Peru/Capital": "Capital: name: Lima; geographic coordinates: 12 03 S",
+        "factbook/Nauru/Capital": "Nauru - Capital: no official capital",
+        "factbook/Peru/Terrain": "Peru - Terrain: plain",
+    }
+    found = passages_by_relation([{"id": name, "text": text} for name, text in texts.items()], [poet])
+    assert found == {
+        "year of birth": {"wordnet/1"},
+        "occupation": {"wordnet/1"},
+        "capital": {"factbook/Peru/Capital"},
+    }
 
 
 def test_shares_by_hand():
