@@ -30,7 +30,7 @@ from experiments.provenance import checkpoint, load_model, optimizer_file, quest
 from experiments.scores import scores
 from experiments.stores import built, passage_rows, question_rows
 from experiments.study import Study, study
-from experiments.tail_patch import CLIP, evenly
+from experiments.tail_patch import CLIP, drawn
 
 FLIPPED = {
     "adjective": "The adjective {object} describes a person from {subject}",
@@ -50,7 +50,7 @@ TEXTS = ("sentence", "passage")
 FORMS = ("in order", "flipped", "without the answer")
 
 QUESTIONS = {"small": 12, "medium": 30, "full": 60}
-"""By the size of the study, evenly spread over those whose passages can be put so."""
+"""By the size of the study, of those whose passages can be put so."""
 
 EXAMPLES = 5
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         halves = passage_forms(fact, texts[fact.relation_gold[0]])
         if halves is not None:
             put.append((question, [*sentence_forms(fact), *halves]))
-    put = [put[i] for i in evenly(len(put), QUESTIONS[here.name])]
+    put = [put[i] for i in drawn(here, len(put), QUESTIONS[here.name])]
     asked, forms = [question for question, _ in put], [row for _, row in put]
     measured = {
         TRACKSTAR: by_trackstar(here, asked, forms),
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     examples = [
         {"question": asked[q]["prompt"] + asked[q]["target"], "text": forms[q][c]}
         | {measure: values[q, c] for measure, values in measured.items()}
-        for q in evenly(len(asked), EXAMPLES)
+        for q in range(min(EXAMPLES, len(asked)))
         for c in range(len(columns))
     ]
     here.write("order", {"questions": len(asked), "ratios": ratios, "examples": examples}, clip=CLIP)

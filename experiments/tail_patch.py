@@ -5,8 +5,9 @@ of Adam also goes on along the saved momentum, the same way whatever the passage
 
 In results/tail_patch.json: ``gains``, for each method and k the mean change of the answer's probability, how far it is
 above no passage's, and how far TrackStar's is above it, question by question; ``agreement``, the rank correlation of a
-method's scores with the changes, over the passages that were tried for a question; ``gold``, each passage that states
-a fact with its score and rank by TrackStar and the change.
+method's scores with the changes, over the passages that were tried for a question; ``gold``, passages that state their
+question's fact, with score and rank by TrackStar and the change: of these questions, and of those whose gold TrackStar
+scores lowest, as if it spoke against the answer.
 """
 
 import dataclasses
@@ -27,12 +28,15 @@ from experiments.provenance import checkpoint, load_model, optimizer_file, quest
 from experiments.scores import ranking
 from experiments.study import Study, study
 
-METHODS = (TRACKSTAR, "V, R, norm", "cosine", "dot", "BM25", "embeddings")
+METHODS = (TRACKSTAR, "V, R, norm", "EK-FAC", "cosine", "dot", "BM25", "embeddings")
 
 TOP = (1, 3, 5, 10)
 
-QUESTIONS = {"small": 8, "medium": 30, "full": 100}
-"""Whose proponents are stepped on, by the size of the study; evenly spread over those that are asked."""
+QUESTIONS = {"small": 5, "medium": 20, "full": 40}
+"""Whose proponents are stepped on, by the size of the study."""
+
+OPPONENTS = {"small": 12, "medium": 20, "full": 40}
+"""Questions whose gold TrackStar scores lowest, by the size of the study."""
 
 CLIP = 1.0
 """As in fine-tuning."""
@@ -44,7 +48,7 @@ Changes = Mapping[str, float]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Step on the proponents of some questions by every method, and on the gold of all."""
+    """Step on the proponents of some questions by every method, and on the gold that looks like an opponent."""
     here = study(__doc__, argv)
     passages, _ = corpus.load(here)
     asked = questions(here)
@@ -53,43 +57,53 @@ def main(argv: list[str] | None = None) -> int:
         method: [dict(zip(ids, row, strict=True)) for row in scored(here, method).tolist()]
         for method in METHODS
     }
-    lists = {method: [row[: max(TOP)] for row in ranking(scored(here, method), ids)] for method in METHODS}
-    lists["random"] = [random.Random(f"{here.seed}/{q['id']}").sample(ids, max(TOP)) for q in asked]
-    lists["gold"] = [question["gold"] for question in asked]
-    chosen = evenly(len(asked), QUESTIONS[here.name])
-    tried = [
-        list(dict.fromkeys(name for rows in lists.values() for name in rows[q])) if q in chosen else gold
-        for q, gold in enumerate(lists["gold"])
-    ]
-    patch = steps(here, asked, passages, tried)
+    lists = proponents(here, asked, ids)
+    chosen = drawn(here, len(asked), QUESTIONS[here.name])
+    tried = {q: list(dict.fromkeys(name for rows in lists.values() for name in rows[q])) for q in chosen}
+    for q in lowest_gold(asked, scores[TRACKSTAR])[: OPPONENTS[here.name]]:
+        tried.setdefault(q, asked[q]["gold"])
+    patch = steps(here, [asked[q] for q in tried], passages, list(tried.values()))
     changes = [
         dict(zip(names, row, strict=False))  # Rows are as long as the longest.
-        for names, row in zip(tried, patch.gains.tolist(), strict=True)
+        for names, row in zip(tried.values(), patch.gains.tolist(), strict=True)
     ]
     idle = (patch.idle.exp() - patch.before.exp()).tolist()
+    first = len(chosen)
     results = {
         "gains": gains(
             {method: [rows[q] for q in chosen] for method, rows in lists.items()},
-            [changes[q] for q in chosen],
-            [idle[q] for q in chosen],
+            changes[:first],
+            idle[:first],
         ),
         "agreement": [
-            {
-                "method": method,
-                "rank correlation": agreement([found[q] for q in chosen], [changes[q] for q in chosen]),
-            }
-            for method, found in scores.items()
+            {"method": method, "rank correlation": agreement([of[q] for q in chosen], changes[:first])}
+            for method, of in scores.items()
         ],
-        "gold": gold_passages(asked, scores[TRACKSTAR], changes, patch),
+        "gold": gold_passages(
+            [asked[q] for q in tried], [scores[TRACKSTAR][q] for q in tried], changes, patch
+        ),
     }
     here.write("tail_patch", results, questions=len(chosen), clip=CLIP)
     return 0
 
 
-def evenly(among: int, count: int) -> list[int]:
-    """``count`` of ``among`` positions, evenly spread; all where there are fewer."""
-    count = min(count, among)
-    return [i * among // count for i in range(count)]
+def proponents(here: Study, asked: Sequence[Question], ids: list[str]) -> dict[str, list[list[str]]]:
+    """By method and yardstick, for each question, the passages whose steps count, best first."""
+    lists = {method: [row[: max(TOP)] for row in ranking(scored(here, method), ids)] for method in METHODS}
+    lists["random"] = [random.Random(f"{here.seed}/{q['id']}").sample(ids, max(TOP)) for q in asked]
+    lists["gold"] = [question["gold"] for question in asked]
+    return lists
+
+
+def lowest_gold(asked: Sequence[Question], scores: Sequence[Mapping[str, float]]) -> list[int]:
+    """The questions' positions in order of the best score that a gold passage of theirs has, lowest first."""
+    best = [max(of[name] for name in question["gold"]) for question, of in zip(asked, scores, strict=True)]
+    return sorted(range(len(asked)), key=best.__getitem__)
+
+
+def drawn(here: Study, among: int, count: int) -> list[int]:
+    """``count`` of ``among`` positions at random, all where there are fewer; of a larger count these are the first."""
+    return random.Random(here.seed).sample(range(among), among)[:count]
 
 
 def steps(

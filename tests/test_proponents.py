@@ -7,7 +7,8 @@ import torch
 from experiments.corpus import Fact
 from experiments.kinds import KINDS, kind_of, passages_by_relation, shares
 from experiments.order import FLIPPED, own, passage_forms, ratio, sentence_forms
-from experiments.tail_patch import agreement, evenly, gains
+from experiments.study import Study
+from experiments.tail_patch import agreement, drawn, gains
 from experiments.wordnet import Entity
 
 FACT = Fact(
@@ -81,9 +82,11 @@ def test_agreement_is_over_the_passages_that_were_tried():
     assert agreement(scores[:1], CHANGES[:1])["value"] == pytest.approx(1.0)
 
 
-def test_evenly_spread():
-    assert evenly(10, 4) == [0, 2, 5, 7]
-    assert evenly(2, 4) == [0, 1]
+def test_more_questions_are_drawn_after_the_first(tmp_path):
+    here = Study(tmp_path, "small", 0)
+    assert drawn(here, 10, 6)[:4] == drawn(here, 10, 4)
+    assert sorted(drawn(here, 10, 12)) == list(range(10))
+    assert drawn(Study(tmp_path, "small", 1), 10, 10) != drawn(here, 10, 10)
 
 
 def test_every_relation_can_be_flipped():

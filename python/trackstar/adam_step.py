@@ -13,7 +13,7 @@ from trackstar import fingerprint
 from trackstar.optimizer_files import check_state, open_state, value_of
 from trackstar.optimizer_parameters import find_parameters
 
-PIECE = 65_536
+PIECE = 131_072
 """Entries of a parameter that are stepped at a time, so that what is computed of them stays in the cache."""
 
 
