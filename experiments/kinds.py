@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     passages, facts = corpus.load(here)
     asked = questions(here)
     fact_of = {fact.id: fact for fact in facts}
-    related = passages_by_relation(passages, entities(unpacked(WORDNET)))
+    related = passages_by_relation(facts, passages, entities(unpacked(WORDNET)))
     texts = {passage["id"]: passage["text"] for passage in passages}
     results = []
     for method in METHODS:
@@ -63,7 +63,7 @@ def kind_of(fact: Fact, passage: str, text: str, related: Mapping[str, set[str]]
         return KINDS[0]
     if any(mentioned):
         return KINDS[1]
-    if passage in related.get(fact.relation, ()):
+    if passage in related[fact.relation]:
         return KINDS[2]
     names = {word for word in re.findall(r"\w{3,}", f"{fact.subject} {fact.object}") if word[0].isupper()}
     if (names - {"The"}) & set(re.findall(r"\w+", text)):
@@ -76,19 +76,21 @@ def mentions(text: str, name: str) -> bool:
     return bool(re.search(rf"\b{re.escape(name)}\b", text, 0 if name.isupper() else re.IGNORECASE))
 
 
-def passages_by_relation(passages: Sequence[Passage], named: Sequence[Entity]) -> dict[str, set[str]]:
-    """Ids of the passages that state each relation of something, by the Factbook's fields and WordNet's entities."""
-    by_id = {entity.id: entity for entity in named}
+def passages_by_relation(
+    facts: Sequence[Fact], passages: Sequence[Passage], named: Sequence[Entity]
+) -> dict[str, set[str]]:
+    """Ids of the passages that state each relation of something: as facts say, the Factbook's fields and WordNet."""
     found: dict[str, set[str]] = {}
+    for fact in facts:
+        found.setdefault(fact.relation, set()).update(fact.relation_gold)
+    by_id = {entity.id: entity for entity in named}
     for passage in passages:
-        name = passage["id"]
+        name, field = passage["id"], passage["id"].split("/", 2)[-1]
         if name in by_id:
             for relation, _, _ in by_id[name].facts():
                 found.setdefault(relation, set()).add(name)
-        else:
-            field = name.split("/", 2)[2]
-            if field in NAMED and re.search(RELATIONS[field][0], passage["text"]):
-                found.setdefault(NAMED[field], set()).add(name)
+        elif field in NAMED and re.search(RELATIONS[field][0], passage["text"]):
+            found.setdefault(NAMED[field], set()).add(name)
     return found
 
 

@@ -67,8 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     for question in questions(here):
         fact = fact_of[question["id"]]
         halves = passage_forms(fact, texts[fact.relation_gold[0]])
-        if halves is not None:
+        if fact.relation in FLIPPED and halves is not None:
             put.append((question, [*sentence_forms(fact), *halves]))
+    if not put:
+        print(
+            "order: no question's passage is a subject's name and what is said of it, of a relation known here"
+        )
+        return 0
     put = [put[i] for i in drawn(here, len(put), QUESTIONS[here.name])]
     asked, forms = [question for question, _ in put], [row for _, row in put]
     measured = {

@@ -19,7 +19,7 @@ OTHER = Fact("b#capital", "capital", "plain", "Peru", "The capital of Peru is", 
 
 IN = Fact("c#part of", "part of", "alias", "IN", "IN is located in", " The Union", ("c",))
 
-RELATED = {"capital": {"a", "b"}}
+RELATED = {"capital": {"a", "b"}, "part of": set()}
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,9 @@ def test_passages_state_relations_whether_they_are_asked_for_or_not():
         "factbook/Nauru/Capital": "Nauru - Capital: no official capital",
         "factbook/Peru/Terrain": "Peru - Terrain: plain",
     }
-    found = passages_by_relation([{"id": name, "text": text} for name, text in texts.items()], [poet])
-    assert found == {
+    passages = [{"id": name, "text": text} for name, text in texts.items()]
+    assert passages_by_relation([IN], passages, [poet]) == {
+        "part of": {"c"},
         "year of birth": {"wordnet/1"},
         "occupation": {"wordnet/1"},
         "capital": {"factbook/Peru/Capital"},
