@@ -95,7 +95,9 @@ def fine_tune(here: Study, passages: Sequence[Passage]) -> list[float]:
 
 def _train_epoch(here: Study, passages: Sequence[Passage], epoch: int) -> None:
     model, tokenizer = load_model(checkpoint(here, epoch - 1))
-    optimizer = torch.optim.AdamW(model.parameters(), here.size.learning_rate, BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), here.size.learning_rate, BETAS, weight_decay=0.0, fused=True
+    )
     state = checkpoint(here, epoch - 1) / OPTIMIZER
     if epoch > 1:
         optimizer.load_state_dict(torch.load(state, weights_only=True))
@@ -116,8 +118,8 @@ def _train_epoch(here: Study, passages: Sequence[Passage], epoch: int) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         total, tokens = total + loss.item() * len(wanted), tokens + len(wanted)
-        if number % 10 == 0:
-            print(f"epoch {epoch}, step {number} of {len(steps)}: loss {total / tokens:.3f}", flush=True)
+        if (number + 1) % 10 == 0:
+            print(f"epoch {epoch}, step {number + 1} of {len(steps)}: loss {total / tokens:.3f}", flush=True)
     temporary = here.path("checkpoints", f"unfinished-{epoch}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

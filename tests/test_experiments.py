@@ -5,13 +5,14 @@ import random
 
 import pytest
 import torch
+from conftest import VOCABULARY
 from synthetic import make_store
 from trackstar.attribution import score_rows
 from trackstar.curvature import choose_mixing
 
-from experiments.corpus import _mentioning, _wordnet_facts, load
+from experiments.corpus import Fact, _mentioning, _wordnet_facts, load
 from experiments.document import Document
-from experiments.provenance import batches
+from experiments.provenance import answers, batches
 from experiments.quality import with_gold
 from experiments.scores import automatic_mixing, ranking, scores
 from experiments.stores import passage_rows
@@ -156,6 +157,29 @@ def test_batches_hold_every_passage_once_and_are_nearly_of_one_length():
     padded_tokens = sum(len(members) * max(lengths[i] for i in members) for members in found)
     assert padded_tokens < 1.1 * sum(lengths)
     assert found != batches(lengths, 16, random.Random(1))
+
+
+def test_answers_are_those_of_one_question_at_a_time(llama):
+    def tokenizer(text, **_):
+        return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
+
+    facts = [
+        Fact(f"{i}", "part of", "plain", "", prompt, target, ())
+        for i, (prompt, target) in enumerate(
+            [("Oslo is in", " Norway"), ("Is", " it"), ("The capital of Norway", " O")]
+        )
+    ]
+    for fact, (log_p, right) in zip(facts, answers(llama, tokenizer, facts), strict=True):
+        before, after = (tokenizer(text)["input_ids"] for text in (fact.prompt, fact.target))
+        given, wanted, hits = torch.tensor([before]), 0.0, True
+        for token in after:
+            with torch.no_grad():
+                logits = llama(input_ids=given).logits[0, -1]
+            wanted += logits.log_softmax(0)[token].item()
+            hits &= bool(logits.argmax() == token)
+            given = torch.cat([given, torch.tensor([[token]])], dim=1)
+        assert log_p == pytest.approx(wanted, rel=1e-5)
+        assert right == hits
 
 
 def test_questions_without_that_gold_are_left_out():
