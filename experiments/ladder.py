@@ -23,6 +23,9 @@ from experiments.scores import automatic_mixing, ranking, scores
 from experiments.stores import EXACT, built, passage_rows, question_rows
 from experiments.study import Study, cached, chosen, parser
 
+SAMPLE = 1000
+"""Passages that EK-FAC's factors are fitted on, at most."""
+
 RANK = 32
 """Of the queries' thin matrices in EK-FAC: the engine's default."""
 
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "MRR above TrackStar's": {
             name: dataclasses.asdict(difference(ranked, rankings[TRACKSTAR], asked))
             for name, ranked in rankings.items()
-            if name != TRACKSTAR
+            if TRACKSTAR in rankings and name != TRACKSTAR
         },
     }
     here.write("ladder", results)
@@ -137,7 +140,12 @@ def influence(
     model, tokenizer = load_model(checkpoint(here))
     passages, _ = corpus.load(here)
     factors = fit_factors(
-        here.path("ekfac"), model, passages, tokenizer=tokenizer, modules=list(here.size.ekfac)
+        here.path("ekfac"),
+        model,
+        passages,
+        tokenizer=tokenizer,
+        modules=list(here.size.ekfac),
+        sample=SAMPLE,
     )
     capture = TokenCapture(model, list(factors.shapes))
     inverse = DampedInverse(factors, DAMPING, torch.device("cpu"))

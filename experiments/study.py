@@ -55,7 +55,7 @@ SIXTH_LAYERS = ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*")
 SIZES = {
     "small": Size(320, 8, 3, 8, 1e-4, "float32", False, (), (), SIXTH_LAYERS, 60),
     "medium": Size(640, 16, 2, 8, 1e-4, "float32", True, (4,), (0, 2), SIXTH_LAYERS, 120),
-    "full": Size(3000, 60, 2, 32, 2e-4, "bfloat16", True, (1, 2, 4, 8), (0, 1, 2), SIXTH_LAYERS, 300),
+    "full": Size(3000, 60, 1, 32, 2e-4, "bfloat16", True, (1, 2, 4, 8), (0, 1), SIXTH_LAYERS, 300),
 }
 """small: minutes on two cores. medium: some of an hour. full: the figures of docs/evidence.md, hours."""
 
