@@ -6,17 +6,19 @@ import time
 
 from experiments.study import study
 
-PARTS = ("provenance", "ladder", "sweeps", "tail_patch", "kinds", "lds", "removal", "report")
+PARTS = ("provenance", "ladder", "sweeps", "tail_patch", "kinds", "order", "lds", "removal", "report")
 """In order. Each is also a command of its own: python -m experiments.<part>."""
 
 
 def main() -> int:
     """Run every part, each with the options given."""
     here = study(__doc__)
+    begun = time.perf_counter()
     for part in PARTS:
         start = time.perf_counter()
         importlib.import_module(f"experiments.{part}").main(sys.argv[1:])
         print(f"{part}: {time.perf_counter() - start:.0f} s at size {here.name}", flush=True)
+    print(f"all parts: {time.perf_counter() - begun:.0f} s at size {here.name}")
     return 0
 
 

@@ -18,6 +18,8 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from examples.assets import FACTBOOK, WORDNET, unpacked
 from examples.corpus import RELATIONS, factbook_passages
@@ -27,7 +29,9 @@ from experiments.wordnet import Entity, entities
 Passage = dict[str, str]
 """{"id": …, "text": …}, as trackstar reads it."""
 
-WIDTH = range(25, 130)
+FORMS = ("plain", "alias", "stripped")
+
+WIDTH = range(25, 100)
 """Characters of a passage."""
 
 MENTIONS = 2
@@ -49,7 +53,7 @@ class Fact:
     Attributes:
         id: the id of the passage that states it, and the relation.
         relation: in words.
-        form: "plain", "alias" or "stripped".
+        form: one of ``FORMS``.
         subject: the name it is asked by.
         prompt: up to the answer.
         target: the answer, with the space before it.
@@ -73,10 +77,10 @@ class Fact:
 
 
 def load(study: Study) -> tuple[list[Passage], list[Fact]]:
-    """The study's passages and facts; put together at the first call."""
+    """The study's passages and facts; put together, or read from a folder of the user's, at the first call."""
     path = study.path("corpus.json")
     if not path.is_file():
-        passages, facts = assemble(study)
+        passages, facts = assemble(study) if study.corpus is None else read(study.corpus)
         kept = {"passages": passages, "facts": [dataclasses.asdict(fact) for fact in facts]}
         write_whole(path, json.dumps(kept, indent=0, ensure_ascii=False))
     kept = json.loads(path.read_text(encoding="utf-8"))
@@ -85,6 +89,47 @@ def load(study: Study) -> tuple[list[Passage], list[Fact]]:
         for fact in kept["facts"]
     ]
     return kept["passages"], facts
+
+
+def read(folder: Path) -> tuple[list[Passage], list[Fact]]:
+    """Passages and facts of one's own.
+
+    Args:
+        folder: of passages.jsonl, {"id": …, "text": …}, and facts.jsonl, {"subject": …, "prompt": …, "target": …,
+            "gold": [ids of the passages that state it]}, each with an optional "id", "relation" and "form".
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a line lacks a field, or names a form or a passage that there is not, or an id stands twice.
+    """
+    passages = [{name: line[name] for name in ("id", "text")} for line in _lines(folder / "passages.jsonl")]
+    texts = {passage["id"]: passage["text"] for passage in passages}
+    facts = []
+    for number, line in enumerate(_lines(folder / "facts.jsonl"), start=1):
+        fact = Fact(
+            line.get("id", f"fact-{number}"),
+            line.get("relation", "fact"),
+            line.get("form", FORMS[0]),
+            *(line[name] for name in ("subject", "prompt", "target")),
+            tuple(line["gold"]),
+        )
+        if fact.form not in FORMS:
+            raise ValueError(
+                f"facts.jsonl: form must be one of {', '.join(FORMS)}; {fact.id} has {fact.form!r}"
+            )
+        if missing := [name for name in fact.relation_gold if name not in texts]:
+            raise ValueError(
+                f"facts.jsonl: gold must be ids of passages.jsonl; {fact.id} names {missing[0]!r}"
+            )
+        facts.append(dataclasses.replace(fact, lexical_gold=tuple(_mentioning(fact, texts))))
+    for name, ids in (("passages", [p["id"] for p in passages]), ("facts", [fact.id for fact in facts])):
+        if twice := [key for key, count in Counter(ids).items() if count > 1]:
+            raise ValueError(f"{name}.jsonl: ids must differ, {twice[0]!r} stands twice")
+    return passages, facts
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def assemble(study: Study) -> tuple[list[Passage], list[Fact]]:

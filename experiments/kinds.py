@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from examples.assets import WORDNET, unpacked
+from examples.corpus import RELATIONS
 from experiments import corpus
-from experiments.corpus import Fact
+from experiments.corpus import NAMED, Fact, Passage
 from experiments.ladder import TRACKSTAR, scored
 from experiments.provenance import questions
 from experiments.scores import ranking
 from experiments.study import study
+from experiments.wordnet import Entity, entities
 
 KINDS = ("entails the fact", "same subject or object", "same relation", "name overlap", "other")
 """In the order in which they are tried: a passage is of the first that fits."""
@@ -27,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     passages, facts = corpus.load(here)
     asked = questions(here)
     fact_of = {fact.id: fact for fact in facts}
-    related = passages_by_relation(facts)
+    related = passages_by_relation(facts, passages, entities(unpacked(WORDNET)))
     texts = {passage["id"]: passage["text"] for passage in passages}
     results = []
     for method in METHODS:
@@ -46,7 +49,8 @@ def kind_of(fact: Fact, passage: str, text: str, related: Mapping[str, set[str]]
     """The first of ``KINDS`` that fits.
 
     A passage entails the fact if it states it or mentions subject and object, each as a phrase; it is of the same
-    relation if it states this relation of anything; names overlap where a capitalized word of either stands in it.
+    relation if it states this relation of anything; names overlap where a capitalized word of either, other than "The",
+    stands in it.
 
     Args:
         fact: what was asked.
@@ -54,9 +58,7 @@ def kind_of(fact: Fact, passage: str, text: str, related: Mapping[str, set[str]]
         text: its text.
         related: ids of the passages that state each relation.
     """
-    mentioned = [
-        re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) for name in (fact.subject, fact.object)
-    ]
+    mentioned = [mentions(text, name) for name in (fact.subject, fact.object)]
     if passage in fact.relation_gold or all(mentioned):
         return KINDS[0]
     if any(mentioned):
@@ -64,16 +66,31 @@ def kind_of(fact: Fact, passage: str, text: str, related: Mapping[str, set[str]]
     if passage in related[fact.relation]:
         return KINDS[2]
     names = {word for word in re.findall(r"\w{3,}", f"{fact.subject} {fact.object}") if word[0].isupper()}
-    if names & set(re.findall(r"\w+", text)):
+    if (names - {"The"}) & set(re.findall(r"\w+", text)):
         return KINDS[3]
     return KINDS[4]
 
 
-def passages_by_relation(facts: Sequence[Fact]) -> dict[str, set[str]]:
-    """Ids of the passages that state each relation, of the corpus's facts."""
+def mentions(text: str, name: str) -> bool:
+    """Whether the name stands in the text as a phrase, in any case unless it is in capitals: OR is not "or"."""
+    return bool(re.search(rf"\b{re.escape(name)}\b", text, 0 if name.isupper() else re.IGNORECASE))
+
+
+def passages_by_relation(
+    facts: Sequence[Fact], passages: Sequence[Passage], named: Sequence[Entity]
+) -> dict[str, set[str]]:
+    """Ids of the passages that state each relation of something: as facts say, the Factbook's fields and WordNet."""
     found: dict[str, set[str]] = {}
     for fact in facts:
         found.setdefault(fact.relation, set()).update(fact.relation_gold)
+    by_id = {entity.id: entity for entity in named}
+    for passage in passages:
+        name, field = passage["id"], passage["id"].split("/", 2)[-1]
+        if name in by_id:
+            for relation, _, _ in by_id[name].facts():
+                found.setdefault(relation, set()).add(name)
+        elif field in NAMED and re.search(RELATIONS[field][0], passage["text"]):
+            found.setdefault(NAMED[field], set()).add(name)
     return found
 
 

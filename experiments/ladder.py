@@ -13,6 +13,7 @@ from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
 from trackstar.gradients.examples import encode_examples, encode_queries
 from trackstar.scoring.baselines import Encoder, bm25_scores
+from trackstar.scoring.probability import stored_probabilities
 
 from examples.assets import MINILM, unpacked
 from experiments import corpus
@@ -21,6 +22,9 @@ from experiments.quality import Ranking, difference, measured
 from experiments.scores import automatic_mixing, ranking, scores
 from experiments.stores import EXACT, built, passage_rows, question_rows
 from experiments.study import Study, cached, chosen, parser
+
+SAMPLE = 1000
+"""Passages that EK-FAC's factors are fitted on, at most."""
 
 RANK = 32
 """Of the queries' thin matrices in EK-FAC: the engine's default."""
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "MRR above TrackStar's": {
             name: dataclasses.asdict(difference(ranked, rankings[TRACKSTAR], asked))
             for name, ranked in rankings.items()
-            if name != TRACKSTAR
+            if TRACKSTAR in rankings and name != TRACKSTAR
         },
     }
     here.write("ladder", results)
@@ -118,21 +122,35 @@ def _by_rows(
     return scores(passages, asked, mixing=mixing, **settings)
 
 
-def _by_ekfac(here: Study) -> torch.Tensor:
-    """Influence (Q, N) by EK-FAC on the size's modules, the queries' gradients of rank ``RANK``.
+def _by_trak(here: Study) -> torch.Tensor:
+    """As the engine does: gradients of the margin on both sides, R, no norms, and passages weighed by 1 − p̄."""
+    store = built(here, correction=None, output="margin")
+    asked = question_rows(here, store, questions(here), output="margin")
+    probabilities = stored_probabilities(store, *load_model(checkpoint(here)))
+    return scores(passage_rows(store), asked, unit_norm=False) * (1 - probabilities)
+
+
+def influence(
+    here: Study, asked: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
+    """Influence (Q, N) of examples by EK-FAC of the corpus on the size's modules, queries' gradients of rank ``RANK``.
 
     ``trackstar.ekfac.influence`` scores the best anew at full rank, which for all pairs would take hours.
     """
     model, tokenizer = load_model(checkpoint(here))
     passages, _ = corpus.load(here)
-    asked = questions(here)
     factors = fit_factors(
-        here.path("ekfac"), model, passages, tokenizer=tokenizer, modules=list(here.size.ekfac)
+        here.path("ekfac"),
+        model,
+        passages,
+        tokenizer=tokenizer,
+        modules=list(here.size.ekfac),
+        sample=SAMPLE,
     )
     capture = TokenCapture(model, list(factors.shapes))
     inverse = DampedInverse(factors, DAMPING, torch.device("cpu"))
     thin = thin_queries(capture, encode_queries(asked, tokenizer), inverse, RANK, "loss")
-    return scores_of(capture, encode_examples(passages, tokenizer), thin, lambda count: None).float()
+    return scores_of(capture, encode_examples(examples, tokenizer), thin, lambda count: None).float()
 
 
 METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
@@ -146,7 +164,8 @@ METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
     "R mixed, norm": lambda here: _by_rows(here, None, mixed=True),
     "V, R, norm": lambda here: _by_rows(here, EXACT),
     TRACKSTAR: lambda here: _by_rows(here, EXACT, mixed=True),
-    "EK-FAC": _by_ekfac,
+    "TRAK": _by_trak,
+    "EK-FAC": lambda here: influence(here, questions(here), corpus.load(here)[0]),
 }
 """By name: what scores every passage for every question. V is exact and AdamW's own; R is damped as the engine does."""
 

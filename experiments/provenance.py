@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import functional
+from trackstar.gradients.examples import IGNORED, length_batches
 
 from examples.assets import SMOLLM2, converted, unpacked
 from experiments import corpus
@@ -27,6 +28,12 @@ WARMUP = 20
 """Steps in which the learning rate rises from 0."""
 
 BETAS = (0.9, 0.99)
+
+SORTED_TOGETHER = 16
+"""Batches whose passages are drawn at a time and put together by length, so that little is padding."""
+
+TOKENS = 512
+"""Of the questions that are measured at a time."""
 
 OPTIMIZER = "optimizer.pt"
 
@@ -88,28 +95,31 @@ def fine_tune(here: Study, passages: Sequence[Passage]) -> list[float]:
 
 def _train_epoch(here: Study, passages: Sequence[Passage], epoch: int) -> None:
     model, tokenizer = load_model(checkpoint(here, epoch - 1))
-    optimizer = torch.optim.AdamW(model.parameters(), here.size.learning_rate, BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), here.size.learning_rate, BETAS, weight_decay=0.0, fused=True
+    )
     state = checkpoint(here, epoch - 1) / OPTIMIZER
     if epoch > 1:
         optimizer.load_state_dict(torch.load(state, weights_only=True))
-    order = list(range(len(passages)))
-    random.Random(f"{here.seed}/{epoch}").shuffle(order)
-    steps = [order[i : i + here.size.batch] for i in range(0, len(order), here.size.batch)]
+    encoded = [tokenizer(passage["text"])["input_ids"] for passage in passages]
+    steps = batches([len(ids) for ids in encoded], here.size.batch, random.Random(f"{here.seed}/{epoch}"))
+    precision = getattr(torch, here.size.precision)
     total = tokens = 0.0
     for number, members in enumerate(steps):
         step = (epoch - 1) * len(steps) + number
         for group in optimizer.param_groups:
             group["lr"] = here.size.learning_rate * min(1.0, (step + 1) / WARMUP)
-        ids, labels = padded([tokenizer(passages[i]["text"])["input_ids"] for i in members])
-        loss = token_losses(model, ids, labels)
-        counted = int((labels[:, 1:] >= 0).sum())
-        (loss.sum() / counted).backward()
+        ids, labels = padded([encoded[i] for i in members])
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            logits, wanted = predictions(model, ids, labels)
+            loss = functional.cross_entropy(logits, wanted)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        total, tokens = total + loss.sum().item(), tokens + counted
-        if number % 10 == 0:
-            print(f"epoch {epoch}, step {number} of {len(steps)}: loss {total / tokens:.3f}", flush=True)
+        total, tokens = total + loss.item() * len(wanted), tokens + len(wanted)
+        if (number + 1) % 10 == 0:
+            print(f"epoch {epoch}, step {number + 1} of {len(steps)}: loss {total / tokens:.3f}", flush=True)
     temporary = here.path("checkpoints", f"unfinished-{epoch}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -121,41 +131,63 @@ def _train_epoch(here: Study, passages: Sequence[Passage], epoch: int) -> None:
         state.unlink()
 
 
-def padded(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, T), padded with 0, and labels (B, T): the ids, −100 where there is none."""
+def batches(lengths: Sequence[int], size: int, draw: random.Random) -> list[list[int]]:
+    """Positions in batches of ``size`` in random order, the members of each nearly of one length."""
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    found = []
+    for start in range(0, len(order), size * SORTED_TOGETHER):
+        near = sorted(order[start : start + size * SORTED_TOGETHER], key=lambda i: lengths[i])
+        found += [near[i : i + size] for i in range(0, len(near), size)]
+    draw.shuffle(found)
+    return found
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, T), padded at the end with 0, and labels (B, T): the ids, −100 where there is none.
+
+    With ``starts``, a sequence has labels from that position on alone.
+    """
     longest = max(map(len, sequences))
     ids, labels = (
         torch.zeros(len(sequences), longest, dtype=torch.long),
-        torch.full((len(sequences), longest), -100),
+        torch.full((len(sequences), longest), IGNORED),
     )
     for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = labels[i, : len(sequence)] = torch.tensor(sequence)
+        start = 0 if starts is None else starts[i]
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        labels[i, start : len(sequence)] = ids[i, start : len(sequence)]
     return ids, labels
 
 
-def token_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood of each token but the first, (B, T − 1), 0 where there is no label.
+def predictions(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (n, V) of the n predictions that count, example after example, and the tokens (n,) wanted there.
 
     Padding stands at the end, so no token that counts attends to it.
     """
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    losses = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids), -1)
+    counted = labels[:, 1:] != IGNORED
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    return model.lm_head(hidden[counted]), labels[:, 1:][counted]
 
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> list[tuple[float, bool]]:
     """For each fact the log-probability of its answer, and whether the model gives it, choosing likeliest tokens."""
-    found = []
-    for fact in facts:
-        before = tokenizer(fact.prompt)["input_ids"]
-        after = tokenizer(fact.target, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([before + after])
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(before) - 1 : -1].log_softmax(1)
-        target = ids[0, len(before) :, None]
-        right = bool((logits.argmax(1, keepdim=True) == target).all())
-        found.append((logits.gather(1, target).sum().item(), right))
-    return found
+    prompts = [tokenizer(fact.prompt)["input_ids"] for fact in facts]
+    targets = [tokenizer(fact.target, add_special_tokens=False)["input_ids"] for fact in facts]
+    whole = [before + after for before, after in zip(prompts, targets, strict=True)]
+    found = {}
+    for members in length_batches([len(ids) for ids in whole], TOKENS):
+        given = padded([whole[i] for i in members], [len(prompts[i]) for i in members])
+        logits, wanted = predictions(model, *given)
+        log_p = logits.log_softmax(1).gather(1, wanted[:, None])[:, 0]
+        right = logits.argmax(1) == wanted
+        counts = [len(targets[i]) for i in members]
+        for i, mine, hits in zip(members, log_p.split(counts), right.split(counts), strict=True):
+            found[i] = mine.double().sum().item(), bool(hits.all())
+    return [found[i] for i in range(len(facts))]
 
 
 def _asked(

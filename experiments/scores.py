@@ -12,6 +12,7 @@ def scores(
     unit_norm: bool = True,
     mixing: float = 0.0,
     damping: float = DAMPING,
+    trained: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scores (Q, N) float32 of every passage for every question.
 
@@ -24,6 +25,7 @@ def scores(
         unit_norm: False leaves the norms out.
         mixing: λ.
         damping: δ relative to the mean eigenvalue of R_train, in each block.
+        trained: rows (M, L, d), not whitened, that R_train is of; None for ``passages``.
 
     Source: TrackStar, arXiv 2410.17413, sections 3 and 4.
     """
@@ -34,7 +36,8 @@ def scores(
         x, q = passages[:, block].double(), questions[:, block].double()
         if whitened:
             # With R = C Cᵀ, C⁻¹ whitens as R^(-1/2) does.
-            half = torch.linalg.cholesky(_curvature(x, q, mixing, damping))
+            seen = x if trained is None else trained[:, block].double()
+            half = torch.linalg.cholesky(_curvature(seen, q, mixing, damping))
             x, q = (torch.linalg.solve_triangular(half, rows.T, upper=False).T for rows in (x, q))
         products += q @ x.T
         ours += x.square().sum(1)

@@ -22,6 +22,7 @@ def folder(
     epoch: int | None = None,
     correction: tuple[str, int] | None = EXACT,
     spec: trackstar.SketchSpec | None = None,
+    output: str = "loss",
 ) -> Path:
     """Where the store of these settings lies."""
     spec = spec or trackstar.SketchSpec()
@@ -31,8 +32,10 @@ def folder(
         if correction is None
         else correction[0] + (str(correction[1]) if correction[0] == "rank" else "")
     )
-    name = f"epoch{epoch}-{form}-{spec.kind}-{spec.sketch}-{spec.blocks}"
-    return study.path("stores", name if spec.seed == 0 else f"{name}-seed{spec.seed}")
+    parts = [f"epoch{epoch}", form, spec.kind, f"{spec.sketch}", f"{spec.blocks}"]
+    parts += [f"seed{spec.seed}"] if spec.seed else []
+    parts += [output] if output != "loss" else []
+    return study.path("stores", "-".join(parts))
 
 
 def built(
@@ -41,6 +44,7 @@ def built(
     epoch: int | None = None,
     correction: tuple[str, int] | None = EXACT,
     spec: trackstar.SketchSpec | None = None,
+    output: str = "loss",
 ) -> trackstar.Store:
     """The store of these settings, in float32: opened if it is whole, else built, or finished.
 
@@ -49,8 +53,9 @@ def built(
         epoch: of the model, None for the last.
         correction: (kind, rank) of the last epoch's second moments, or None.
         spec: of the sketch.
+        output: what a passage's row is the gradient of.
     """
-    path = folder(study, epoch=epoch, correction=correction, spec=spec)
+    path = folder(study, epoch=epoch, correction=correction, spec=spec, output=output)
     try:
         store = trackstar.open_store(path)
         if store.complete:
@@ -64,7 +69,14 @@ def built(
         form = moments.correction(correction[0], rank=correction[1])
     passages, _ = corpus.load(study)
     return trackstar.build_store(
-        path, model, passages, tokenizer=tokenizer, spec=spec, correction=form, dtype="float32"
+        path,
+        model,
+        passages,
+        tokenizer=tokenizer,
+        spec=spec,
+        correction=form,
+        output=output,
+        dtype="float32",
     )
 
 

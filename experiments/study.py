@@ -28,6 +28,7 @@ class Size:
         epochs: that the model is fine-tuned for.
         batch: passages in a step.
         learning_rate: of AdamW.
+        precision: of the products in training; weights, and all else that the study computes, are float32.
         sweeps: whether settings are swept that need rows of their own.
         ranks: of the optimizer correction that are compared with none and the exact one.
         checkpoints: epochs whose models are compared; 0 is the model before training.
@@ -40,6 +41,7 @@ class Size:
     epochs: int
     batch: int
     learning_rate: float
+    precision: str
     sweeps: bool
     ranks: tuple[int, ...]
     checkpoints: tuple[int, ...]
@@ -47,16 +49,15 @@ class Size:
     queries: int
 
 
+SIXTH_LAYERS = ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*")
+"""The MLPs of layers 0, 5, 10, 15, 20 and 25 of SmolLM2's 30."""
+
 SIZES = {
-    "small": Size(
-        320, 8, 3, 8, 1e-4, False, (), (), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 60
-    ),
-    "medium": Size(
-        640, 16, 2, 8, 1e-4, True, (4,), (0, 2), ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*"), 120
-    ),
-    "full": Size(4000, 60, 3, 16, 1e-4, True, (1, 2, 4, 8), (0, 1, 2, 3), ("*mlp*",), 500),
+    "small": Size(320, 8, 3, 8, 1e-4, "float32", False, (), (), SIXTH_LAYERS, 60),
+    "medium": Size(640, 16, 2, 8, 1e-4, "float32", True, (4,), (0, 2), SIXTH_LAYERS, 120),
+    "full": Size(3000, 60, 1, 32, 2e-4, "bfloat16", True, (1, 2, 4, 8), (0, 1), SIXTH_LAYERS, 300),
 }
-"""small: minutes on two cores. medium: the figures of docs/evidence.md. full: a night."""
+"""small: minutes on two cores. medium: some of an hour. full: the figures of docs/evidence.md, hours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,13 @@ class Study:
         folder: of this size and seed.
         name: of the size.
         seed: of everything that is drawn.
+        corpus: folder of passages and facts of the user's own (``corpus.read``); None for the study's.
     """
 
     folder: Path
     name: str
     seed: int
+    corpus: Path | None = None
 
     @property
     def size(self) -> Size:
@@ -123,6 +126,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--work", type=Path, default=Path(".evidence"), help="where everything is kept")
     options.add_argument("--size", choices=SIZES, default="small")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--corpus", type=Path, help="folder of passages.jsonl and facts.jsonl of your own")
     return options
 
 
@@ -130,7 +134,8 @@ def chosen(given: argparse.Namespace) -> Study:
     """The study of these options."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return Study(given.work / f"{given.size}-{given.seed}", given.size, given.seed)
+    name = f"{given.size}-{given.seed}" + (f"-{given.corpus.resolve().name}" if given.corpus else "")
+    return Study(given.work / name, given.size, given.seed, given.corpus)
 
 
 def cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:

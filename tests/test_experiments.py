@@ -1,16 +1,22 @@
 """The study's own arithmetic: its dense scores against the engine's, its questions, its page."""
 
+import json
+import random
+
 import pytest
 import torch
+from conftest import VOCABULARY
 from synthetic import make_store
 from trackstar.curvature import choose_mixing
 from trackstar.scoring.attribution import score_rows
 
-from experiments.corpus import _mentioning, _wordnet_facts
+from experiments.corpus import Fact, _mentioning, _wordnet_facts, load
 from experiments.document import Document
+from experiments.provenance import answers, batches
 from experiments.quality import with_gold
 from experiments.scores import automatic_mixing, ranking, scores
 from experiments.stores import passage_rows
+from experiments.study import chosen, parser
 from experiments.wordnet import entities
 
 N, L, D, Q = 60, 3, 16, 5
@@ -55,6 +61,13 @@ def test_scores_without_norm_and_curvature(rows):
     torch.testing.assert_close(scores(passages, questions, whitened=False), cosine, rtol=1e-4, atol=1e-5)
 
 
+def test_passages_that_were_not_trained_on_are_scored_with_the_curvature_of_those_that_were(rows):
+    passages, questions = rows
+    whole = scores(passages, questions, mixing=0.4)
+    part = scores(passages[:7], questions, mixing=0.4, trained=passages)
+    torch.testing.assert_close(part, whole[:, :7], rtol=1e-6, atol=1e-6)
+
+
 def test_ties_are_ranked_in_order():
     assert ranking(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), ["a", "b", "c", "d"]) == [["b", "c", "a", "d"]]
 
@@ -92,6 +105,81 @@ def test_facts_are_asked_by_a_name_that_shares_no_word_with_the_passage_where_th
     assert facts["occupation"].relation_gold == ("wordnet/00000004",)
     texts = {"a": "Twain, Mark", "b": "Mark Twain was a writer", "c": "Mark Twain was a rewriter"}
     assert _mentioning(facts["occupation"], texts) == ["b"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Writes a corpus of the user's, and gives the study of it."""
+
+    def write(facts):
+        folder = tmp_path / "own"
+        folder.mkdir(exist_ok=True)
+        passages = [{"id": "a", "text": "Oslo lies in Norway"}, {"id": "b", "text": "Oslo, a city of Norway"}]
+        for name, lines in (("passages", passages), ("facts", facts)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return chosen(parser("").parse_args(["--work", str(tmp_path), "--corpus", str(folder)]))
+
+    return write
+
+
+FACT = {"subject": "Oslo", "prompt": "Oslo is located in", "target": " Norway", "gold": ["a"]}
+
+
+def test_a_corpus_of_ones_own(own, tmp_path):
+    here = own([FACT, FACT | {"id": "x", "relation": "part of", "form": "alias"}])
+    passages, facts = load(here)
+    assert here.folder == tmp_path / "small-0-own"
+    assert [passage["id"] for passage in passages] == ["a", "b"]
+    assert [(f.id, f.relation, f.form) for f in facts] == [
+        ("fact-1", "fact", "plain"),
+        ("x", "part of", "alias"),
+    ]
+    assert (facts[0].relation_gold, facts[0].lexical_gold) == (("a",), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [
+        ([FACT | {"gold": ["c"]}], "fact-1 names 'c'"),
+        ([FACT | {"form": "sung"}], "fact-1 has 'sung'"),
+        ([FACT | {"id": "x"}] * 2, "'x' stands twice"),
+    ],
+)
+def test_a_corpus_of_ones_own_is_checked(own, facts, problem):
+    with pytest.raises(ValueError, match=problem):
+        load(own(facts))
+
+
+def test_batches_hold_every_passage_once_and_are_nearly_of_one_length():
+    lengths = [i % 40 + 1 for i in range(1000)]
+    found = batches(lengths, 16, random.Random(0))
+    assert sorted(i for members in found for i in members) == list(range(1000))
+    padded_tokens = sum(len(members) * max(lengths[i] for i in members) for members in found)
+    assert padded_tokens < 1.1 * sum(lengths)
+    assert found != batches(lengths, 16, random.Random(1))
+
+
+def test_answers_are_those_of_one_question_at_a_time(llama):
+    def tokenizer(text, **_):
+        return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
+
+    facts = [
+        Fact(f"{i}", "part of", "plain", "", prompt, target, ())
+        for i, (prompt, target) in enumerate(
+            [("Oslo is in", " Norway"), ("Is", " it"), ("The capital of Norway", " O")]
+        )
+    ]
+    for fact, (log_p, right) in zip(facts, answers(llama, tokenizer, facts), strict=True):
+        before, after = (tokenizer(text)["input_ids"] for text in (fact.prompt, fact.target))
+        given, wanted, hits = torch.tensor([before]), 0.0, True
+        for token in after:
+            with torch.no_grad():
+                logits = llama(input_ids=given).logits[0, -1]
+            wanted += logits.log_softmax(0)[token].item()
+            hits &= bool(logits.argmax() == token)
+            given = torch.cat([given, torch.tensor([[token]])], dim=1)
+        assert log_p == pytest.approx(wanted, rel=1e-5)
+        assert right == hits
 
 
 def test_questions_without_that_gold_are_left_out():

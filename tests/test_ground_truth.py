@@ -8,7 +8,6 @@ from experiments.lds import ceiling, datamodeling_scores, ranks, spearman
 from experiments.removal import best_of, without
 from experiments.retraining import Run, answers_of, half_subsets
 from experiments.small_model import Setup, make_query, split_texts, train
-from experiments.tail_patch import gains_of
 
 SETUP = Setup(passages=12, queries=4, epochs=1, batch=4)
 
@@ -100,10 +99,3 @@ def test_what_is_removed():
     assert best_of(scores, 2) == [(1, 2), (0, 1)]
     assert without((0, 1, 2, 3), (1, 2)) == (0, 3)
     assert without((0, 1), ()) == (0, 1)
-
-
-def test_tail_patch_means_are_over_the_passages_that_there_are():
-    gains = torch.tensor([[0.1, 0.3, torch.nan], [0.2, 0.4, 0.6]], dtype=torch.float64)
-    found = gains_of("a", gains, [2, 3])
-    assert [row["k"] for row in found] == [1, 3]
-    assert [row["gain"]["value"] for row in found] == pytest.approx([0.15, 0.3])

@@ -52,7 +52,7 @@ QUERIES = make_queries([6, 9])
 PROPONENTS = [[PASSAGES[0], PASSAGES[1]], [PASSAGES[1], PASSAGES[2]]]
 
 
-def expected(model, optimizer, reduction="mean", lr=None, clip=None):
+def expected(model, optimizer, reduction="mean", lr=None, momentum=True, clip=None):
     """log p of both queries after torch's own step on each proponent, each from a copy."""
     after = torch.empty(2, 2, dtype=torch.float64)
     for q, passages in enumerate(PROPONENTS):
@@ -60,6 +60,7 @@ def expected(model, optimizer, reduction="mean", lr=None, clip=None):
             fresh, stepper = copied(model, optimizer)
             for group in stepper.param_groups:
                 group["lr"] = group["lr"] if lr is None else lr
+                group["betas"] = (group["betas"][0] if momentum else 0.0, group["betas"][1])
             loss_of(fresh, passage, reduction).backward()
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(fresh.parameters(), clip)
@@ -93,6 +94,18 @@ def test_step_is_torchs_own(optimizer):
         assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-9), name
 
 
+def test_parameter_is_stepped_piece_by_piece(monkeypatch):
+    model, saved = trained()
+    fresh, stepper = copied(model, saved)
+    for network in (model, fresh):
+        loss_of(network, PASSAGES[0]).backward()
+    monkeypatch.setattr("trackstar.evaluation.adam_step.PIECE", 100)
+    AdamStep(model, saved.state_dict()).take()
+    stepper.step()
+    for (name, got), wanted in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-9), name
+
+
 def test_step_leaves_the_saved_moments_alone():
     model, saved = trained()
     kept = copy.deepcopy(saved.state_dict())
@@ -104,7 +117,15 @@ def test_step_leaves_the_saved_moments_alone():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "sum"}, {"lr": 0.05}, {"clip": 0.1}, {"reduction": "sum", "clip": 1e6}]
+    "options",
+    [
+        {},
+        {"reduction": "sum"},
+        {"lr": 0.05},
+        {"momentum": False},
+        {"clip": 0.1},
+        {"reduction": "sum", "clip": 1e6},
+    ],
 )
 def test_targets_after_a_step_are_as_after_torchs(options):
     model, optimizer = trained()
@@ -126,6 +147,14 @@ def test_idle_step_is_momentum_and_decay_alone():
     with torch.no_grad():
         wanted = torch.stack([-loss_of(fresh, query, "sum") for query in QUERIES]).double()
     assert torch.allclose(got.idle, wanted, atol=1e-5)
+
+
+def test_without_momentum_a_step_without_gradient_is_weight_decay_alone():
+    model, optimizer = trained()
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    got = tail_patch(model, optimizer.state_dict(), QUERIES, PROPONENTS, momentum=False)
+    assert torch.equal(got.idle, got.before)
 
 
 def test_weights_gradients_and_mode_come_back_bit_for_bit():
@@ -185,6 +214,8 @@ def test_kept_steps_of_another_rate_are_refused(tmp_path):
     tail_patch(model, optimizer.state_dict(), QUERIES, PROPONENTS, keep=keep)
     with pytest.raises(ValueError, match="keep must be of the same step,"):
         tail_patch(model, optimizer.state_dict(), QUERIES, PROPONENTS, keep=keep, lr=0.5)
+    with pytest.raises(ValueError, match="keep must be of the same step,"):
+        tail_patch(model, optimizer.state_dict(), QUERIES, PROPONENTS, keep=keep, momentum=False)
 
 
 @pytest.mark.slow

@@ -19,6 +19,10 @@ def tail_patch(
     results: Annotated[Path, typer.Option(help="Results with their passages, as query --out writes them.")],
     lr: Annotated[float | None, typer.Option(help="Learning rate; the saved state's without.")] = None,
     reduction: Annotated[str, typer.Option(help="Loss of a passage: mean or sum over its tokens.")] = "mean",
+    momentum: Annotated[
+        bool,
+        typer.Option(help="Without, the saved first moment is forgotten: the step is the passage's alone."),
+    ] = True,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a step's gradient.")] = None,
     processes: Annotated[int, typer.Option(help="Processes that take steps at the same time.")] = 1,
     keep: Annotated[
@@ -41,6 +45,7 @@ def tail_patch(
         tokenizer=tokenizer,
         lr=lr,
         reduction=reduction,
+        momentum=momentum,
         clip=clip,
         processes=processes,
         keep=keep,

@@ -13,6 +13,9 @@ from trackstar.optimizer.files import check_state, open_state, value_of
 from trackstar.optimizer.parameters import find_parameters
 from trackstar.storage import fingerprint
 
+PIECE = 131_072
+"""Entries of a parameter that are stepped at a time, so that what is computed of them stays in the cache."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -52,6 +55,7 @@ class AdamStep:
         state: the optimizer's ``state_dict()``, or a file or folder that holds one, as ``SecondMoments.from_optimizer``
             takes it.
         lr: learning rate; None is each group's own, as saved.
+        momentum: False forgets m, as with β₁ = 0: the step is along the gradient alone, over √v.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -60,7 +64,12 @@ class AdamStep:
     """
 
     def __init__(
-        self, model: nn.Module, state: str | os.PathLike[str] | Mapping[str, Any], *, lr: float | None = None
+        self,
+        model: nn.Module,
+        state: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        lr: float | None = None,
+        momentum: bool = True,
     ) -> None:
         opened = open_state(Path(state)) if isinstance(state, str | os.PathLike) else check_state(state)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -71,6 +80,11 @@ class AdamStep:
             name: _read(name, self._parameters[name], opened["state"].get(key, {}), group, lr)
             for name, (key, group) in places.items()
         }
+        if not momentum:
+            self._moments = {
+                name: dataclasses.replace(moments, betas=(0.0, moments.betas[1]))
+                for name, moments in self._moments.items()
+            }
 
     def settings(self) -> dict[str, Any]:
         """What the step depends on: each different value of an option once, and a hash of the moments."""
@@ -89,22 +103,37 @@ class AdamStep:
     @torch.no_grad()
     def take(self) -> None:
         """Step the parameters by their gradients; as in torch, a parameter without one stays."""
-        for parameter, moments, gradient in self._with_gradients():
-            if moments.weight_decay and moments.decoupled:
-                parameter.mul_(1 - moments.lr * moments.weight_decay)
-            elif moments.weight_decay:
-                gradient = gradient.add(parameter, alpha=moments.weight_decay)
-            beta1, beta2 = moments.betas
-            t = moments.step + 1
-            first = moments.first.lerp(gradient, 1 - beta1)
-            denominator = moments.second.mul(beta2).addcmul_(gradient, gradient, value=1 - beta2).sqrt_()
-            denominator.div_((1 - beta2**t) ** 0.5).add_(moments.eps)
-            parameter.addcdiv_(first, denominator, value=-moments.lr / (1 - beta1**t))
-
-    def _with_gradients(self) -> Iterator[tuple[nn.Parameter, Moments, torch.Tensor]]:
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                yield parameter, self._moments[name], parameter.grad
+                moments = self._moments[name]
+                for piece in _pieces(parameter, parameter.grad, moments.first, moments.second):
+                    _step(moments, *piece)
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of tensors of one shape that make them up, of about ``PIECE`` entries each."""
+    parts = [torch.atleast_1d(tensor) for tensor in tensors]
+    rows, entries = len(parts[0]), parts[0].numel()
+    yield from zip(*(part.split(max(1, PIECE * rows // entries)) for part in parts), strict=True)
+
+
+def _step(
+    moments: Moments,
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+) -> None:
+    if moments.weight_decay and moments.decoupled:
+        parameter.mul_(1 - moments.lr * moments.weight_decay)
+    elif moments.weight_decay:
+        gradient = gradient.add(parameter, alpha=moments.weight_decay)
+    beta1, beta2 = moments.betas
+    t = moments.step + 1
+    first = first.lerp(gradient, 1 - beta1)
+    denominator = second.mul(beta2).addcmul_(gradient, gradient, value=1 - beta2).sqrt_()
+    denominator.div_((1 - beta2**t) ** 0.5).add_(moments.eps)
+    parameter.addcdiv_(first, denominator, value=-moments.lr / (1 - beta1**t))
 
 
 def _read(

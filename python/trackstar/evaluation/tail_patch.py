@@ -39,7 +39,8 @@ class TailPatch:
 
     Attributes:
         before: (Q,) float64, by the model as it is.
-        idle: (Q,) float64, after a step whose gradient is zero: what momentum and weight decay alone do.
+        idle: (Q,) float64, after a step whose gradient is zero: what momentum and weight decay alone do, whatever the
+            passage.
         after: (Q, K) float64, after one step on the query's k-th proponent; NaN where it has fewer than K.
     """
 
@@ -74,6 +75,7 @@ def tail_patch(
     tokenizer: Any = None,
     lr: float | None = None,
     reduction: str = "mean",
+    momentum: bool = True,
     clip: float | None = None,
     processes: int = 1,
     keep: str | os.PathLike[str] | None = None,
@@ -94,6 +96,8 @@ def tail_patch(
         lr: learning rate; None is the saved state's.
         reduction: loss of a step: "mean" or "sum" over the passage's predictions. What the training loop did with a
             batch, so that gradients are of the size that the moments know.
+        momentum: False forgets the saved first moment, so that a step is along the passage's gradient alone, over √V.
+            With it the saved momentum moves the model as well, the same way for every passage: ``idle`` says where to.
         clip: largest norm of a step's gradient, as the training loop clipped it; None leaves gradients as they are.
         processes: that take steps at the same time, on a CPU.
         keep: JSONL file that gets every step's outcome as it is known; a run that was stopped goes on from there.
@@ -132,7 +136,7 @@ def tail_patch(
         for name in dict.fromkeys(row):
             wanted.setdefault(name, []).append(q)
 
-    patcher = _Patcher(model, AdamStep(model, optimizer_state, lr=lr), reduction, clip)
+    patcher = _Patcher(model, optimizer_state, _Rule(lr, momentum, reduction, clip))
     kept = _Kept(None if keep is None else Path(keep), patcher.identity())
     keys = [_name(query) for query in asked]
     todo = [
@@ -141,7 +145,7 @@ def tail_patch(
         if any((name, keys[q]) not in kept.values for q in members)
     ]
     with track("tail-patch", len(wanted), len(wanted) - len(todo), unit="steps") as advance:
-        for name, values in _run_all(patcher, optimizer_state, lr, todo, processes):
+        for name, values in _run_all(patcher, optimizer_state, todo, processes):
             kept.add(name, values)
             advance(1)
     before = patcher.log_probabilities(asked)
@@ -156,14 +160,23 @@ Work = tuple[str, Encoded | None, dict[str, EncodedQuery]]
 """A step's name, the passage that it is on (None: a gradient of zero), and the queries to look at after it."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """How a step is taken: the arguments of :func:`tail_patch` of these names."""
+
+    lr: float | None
+    momentum: bool
+    reduction: str
+    clip: float | None
+
+
 class _Patcher:
     """Takes steps and puts the weights back."""
 
-    def __init__(self, model: nn.Module, step: AdamStep, reduction: str, clip: float | None) -> None:
+    def __init__(self, model: nn.Module, state: Any, rule: _Rule) -> None:
         self.model: Any = model
-        self.step = step
-        self.reduction = reduction
-        self.clip = clip
+        self.rule = rule
+        self.step = AdamStep(model, state, lr=rule.lr, momentum=rule.momentum)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._saved = [p.detach().clone() for p in self._trained]
 
@@ -172,8 +185,8 @@ class _Patcher:
         return {
             "model": fingerprint.of_model(self.model),
             "step": self.step.settings(),
-            "reduction": self.reduction,
-            "clip": self.clip,
+            "reduction": self.rule.reduction,
+            "clip": self.rule.clip,
         }
 
     def __call__(self, passage: Encoded | None, queries: Sequence[EncodedQuery]) -> list[float]:
@@ -184,10 +197,10 @@ class _Patcher:
                     parameter.grad = torch.zeros_like(parameter)
             else:
                 log_p = self._predictions([passage])[0]
-                loss = -(log_p.mean() if self.reduction == "mean" else log_p.sum())
+                loss = -(log_p.mean() if self.rule.reduction == "mean" else log_p.sum())
                 loss.backward()
-                if self.clip is not None:
-                    nn.utils.clip_grad_norm_(self._trained, self.clip)
+                if self.rule.clip is not None:
+                    nn.utils.clip_grad_norm_(self._trained, self.rule.clip)
             self.step.take()
             values = self.log_probabilities(queries)
         if not values.isfinite().all():
@@ -278,7 +291,7 @@ class _Kept:
 
 
 def _run_all(
-    patcher: _Patcher, state: Any, lr: float | None, todo: Sequence[Work], processes: int
+    patcher: _Patcher, state: Any, todo: Sequence[Work], processes: int
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """The outcome of each step, as they are known."""
     if processes == 1 or len(todo) < 2:
@@ -290,7 +303,7 @@ def _run_all(
         if isinstance(state, Mapping):
             torch.save(state, Path(folder) / "optimizer.pt")
             state = Path(folder) / "optimizer.pt"
-        given = (Path(folder) / "model.pt", state, lr, patcher.reduction, patcher.clip)
+        given = (Path(folder) / "model.pt", state, patcher.rule)
         with ProcessPoolExecutor(processes, get_context("spawn"), _set_up, given) as pool:
             yield from pool.map(_run_apart, todo)
 
@@ -304,11 +317,10 @@ _patcher: _Patcher
 """Of a process that takes steps."""
 
 
-def _set_up(model: Path, state: Any, lr: float | None, reduction: str, clip: float | None) -> None:
+def _set_up(model: Path, state: Any, rule: _Rule) -> None:
     global _patcher
     torch.set_num_threads(1)
-    network = torch.load(model, weights_only=False)
-    _patcher = _Patcher(network, AdamStep(network, state, lr=lr), reduction, clip)
+    _patcher = _Patcher(torch.load(model, weights_only=False), state, rule)
 
 
 def _run_apart(work: Work) -> tuple[str, dict[str, float]]:
