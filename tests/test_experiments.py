@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 from synthetic import make_store
-from trackstar.attribution import score_rows
 from trackstar.curvature import choose_mixing
+from trackstar.scoring.attribution import score_rows
 
 from experiments.corpus import _mentioning, _wordnet_facts, load
 from experiments.document import Document
