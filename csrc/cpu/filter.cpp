@@ -7,15 +7,15 @@ namespace trackstar {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kUnbounded = std::numeric_limits<float>::quiet_NaN();
 
 }  // namespace
 
 void ScoreBounds::set(size_t query, double squares, double lost, size_t roundings) {
   const double norm = std::sqrt(squares), error = std::sqrt(lost);
   const double rounding = 0x1p-23 * static_cast<double>(roundings) * (norm + error);
-  wide[query] = bounded(norm) ? static_cast<float>(1.001 * (error + rounding)) : kInfinity;
-  far[query] = bounded(norm) ? static_cast<float>(1.001 * (norm + rounding)) : kInfinity;
+  const bool holds = bounded(static_cast<float>(norm));
+  wide[query] = holds ? static_cast<float>(1.001 * (error + rounding)) : kInfinity;
+  far[query] = holds ? static_cast<float>(1.001 * (norm + rounding)) : kInfinity;
 }
 
 Filter::Filter(const Sought& sought, const std::vector<TopK>& tops, bool many)
@@ -48,11 +48,6 @@ void Filter::settle(Side& side, size_t query) {
                    side.exact.score(query, positions, count, scores);
                  });
   side.thresholds[query] = contest.threshold();
-}
-
-float Filter::norm_of(double square, float largest_scale) {
-  // 1.01 is for codes of -128, which count as -127 · 128.
-  return bounded(largest_scale) ? 1.01f * static_cast<float>(std::sqrt(square)) : kUnbounded;
 }
 
 float Filter::norm_of(size_t n, double square) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu/coded.h"
@@ -20,8 +21,9 @@ struct Sought {
   const float* squared_norms;  // of the exact rows, (N, L); null if those are the codes
 };
 
-// Magnitudes between which products neither overflow nor vanish. Queries and scales outside have no bounds.
-inline bool bounded(double size) { return size == 0 || (std::abs(size) >= 1e-10 && std::abs(size) <= 1e10); }
+// Whether a query's norm, or a row's largest scale, leaves room for products that neither overflow nor vanish. Others
+// have no bounds.
+inline bool bounded(float size) { return size == 0 || (size >= 1e-10f && size <= 1e10f); }
 
 // How far a rough score may be from the exact one: wide[q] times the norm of the decoded row, and far[q] times the
 // distance between that and the row that is scored exactly.
@@ -66,7 +68,10 @@ class Filter : public Search {
   const float* scales(size_t n) const { return rows_.scales ? rows_.scales + n * rows_.L : ones_.data(); }
 
   // A decoded row's norm, rounded up, from its square or from its scales alone; NaN if there is no bound.
-  static float norm_of(double square, float largest_scale);
+  static float norm_of(double square, float largest_scale) {
+    // 1.01 is for codes of -128, which count as -127 · 128, and for rounding.
+    return bounded(largest_scale) ? 1.01f * std::sqrt(static_cast<float>(square)) : kUnbounded;
+  }
   float norm_of(size_t n, double square) const;
   float most_norm(size_t n) const;
   // The distance between a decoded row and the one that is scored exactly, rounded up, from the former's square.
@@ -78,6 +83,8 @@ class Filter : public Search {
   std::vector<Side> sides_;
 
  private:
+  static constexpr float kUnbounded = std::numeric_limits<float>::quiet_NaN();
+
   void settle(Side& side, size_t query);
 
   std::vector<float> ones_;  // for rows without scales

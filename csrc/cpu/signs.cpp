@@ -106,11 +106,11 @@ class SignSearch : public Filter {
         squares[r] += size * size;
       }
     }
-    for (size_t r = 0; r < count; ++r) {
-      const double square = static_cast<double>(squares[r]) * static_cast<double>(rows_.d);  // each sign is 1
-      norms_[r] = norm_of(square, largest[r]);
-      if (sought_.squared_norms) rests_[r] = rest_of(row + r, (1 - 0x1p-20) * square);
-    }
+    // Each sign is 1.
+    for (float& square : squares) square *= static_cast<float>(rows_.d);
+    for (size_t r = 0; r < kTileRows; ++r) norms_[r] = norm_of(squares[r], largest[r]);
+    if (!sought_.squared_norms) return;
+    for (size_t r = 0; r < count; ++r) rests_[r] = rest_of(row + r, (1 - 0x1p-20) * squares[r]);
   }
 
   // Fills scores_; meanwhile the next tile is fetched.

@@ -13,12 +13,21 @@ constexpr int kRange = 127;   // of sums
 constexpr int kLookups = 8;   // of a word
 
 typedef double Entries __attribute__((vector_size(64)));
+typedef int32_t Numbers __attribute__((vector_size(32)));
+typedef uint8_t Eight __attribute__((vector_size(8), aligned(1), may_alias));
 
 // Sums ± a ± b ± c + d, where bit i of the index negates the i-th. Those with -d are the same in reverse, negated.
 inline Entries sums_of(const float* four) {
   constexpr Entries kSigns[3] = {
       {1, -1, 1, -1, 1, -1, 1, -1}, {1, 1, -1, -1, 1, 1, -1, -1}, {1, 1, 1, 1, -1, -1, -1, -1}};
   return kSigns[0] * four[0] + kSigns[1] * four[1] + kSigns[2] * four[2] + four[3];
+}
+
+inline double largest_of(Entries sizes) {
+  const auto larger = [](Entries a, Entries b) { return a > b ? a : b; };
+  sizes = larger(sizes, __builtin_shufflevector(sizes, sizes, 4, 5, 6, 7, 0, 1, 2, 3));
+  sizes = larger(sizes, __builtin_shufflevector(sizes, sizes, 2, 3, 0, 1, 6, 7, 4, 5));
+  return sizes[0] > sizes[1] ? sizes[0] : sizes[1];
 }
 
 float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) {
@@ -46,14 +55,11 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
       const Entries rest = sums - rounded * static_cast<double>(scale);
       // Of each byte the low numbers come first: 4 tables for them, 4 for the high ones.
       uint8_t* table = tables + (i % 2 * 4 + i / 2) * 16;
-      double most = 0;
-      for (int j = 0; j < 8; ++j) {
-        table[j] = static_cast<uint8_t>(kCentre + static_cast<int>(rounded[j]));
-        table[15 - j] = static_cast<uint8_t>(kCentre - static_cast<int>(rounded[j]));
-        const double size = rest[j] < 0 ? -rest[j] : rest[j];
-        most = size > most ? size : most;
-      }
-      lost += most;
+      const Numbers whole = __builtin_convertvector(rounded, Numbers);
+      const Numbers reversed = __builtin_shufflevector(whole, whole, 7, 6, 5, 4, 3, 2, 1, 0);
+      *reinterpret_cast<Eight*>(table) = __builtin_convertvector(kCentre + whole, Eight);
+      *reinterpret_cast<Eight*>(table + 8) = __builtin_convertvector(kCentre - reversed, Eight);
+      lost += largest_of(rest < 0 ? -rest : rest);
     }
   }
   squares[0] += square;
