@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from trackstar.evaluation import estimate
+from trackstar.evaluation.metrics import estimate
 
 from experiments.retraining import Run, answers_of, half_subsets
 from experiments.small_model import Setup, make_texts

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import torch
-from trackstar.evaluation import estimate
+from trackstar.evaluation.metrics import estimate
 
 from experiments.retraining import Run, answers_of
 from experiments.scores import ranking

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import trackstar
-from trackstar.baselines import bm25_scores
 from trackstar.ekfac import fit_factors
 from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
+from trackstar.scoring.baselines import bm25_scores
 
 from experiments.scores import automatic_mixing, scores
 from experiments.small_model import WIDTH, Setup, Texts, train

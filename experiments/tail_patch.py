@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from trackstar.evaluation import estimate
-from trackstar.patching import tail_patch
+from trackstar.evaluation.metrics import estimate
+from trackstar.evaluation.tail_patch import tail_patch
 
 from experiments import corpus
 from experiments.ladder import TRACKSTAR, scored

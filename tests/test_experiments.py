@@ -3,8 +3,8 @@
 import pytest
 import torch
 from synthetic import make_store
-from trackstar.attribution import score_rows
 from trackstar.curvature import choose_mixing
+from trackstar.scoring.attribution import score_rows
 
 from experiments.corpus import _mentioning, _wordnet_facts
 from experiments.document import Document

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_examples, make_llama
 from trackstar import TailPatch, tail_patch
-from trackstar.adam_step import AdamStep
 from trackstar.cli import app
+from trackstar.evaluation.adam_step import AdamStep
 from typer.testing import CliRunner
 
 
