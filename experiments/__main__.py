@@ -6,7 +6,18 @@ import time
 
 from experiments.study import study
 
-PARTS = ("provenance", "ladder", "sweeps", "tail_patch", "kinds", "order", "lds", "removal", "report")
+PARTS = (
+    "provenance",
+    "ladder",
+    "sweeps",
+    "tail_patch",
+    "kinds",
+    "order",
+    "opponents",
+    "lds",
+    "removal",
+    "report",
+)
 """In order. Each is also a command of its own: python -m experiments.<part>."""
 
 

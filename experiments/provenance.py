@@ -96,21 +96,20 @@ def fine_tune(here: Study, passages: Sequence[Passage]) -> list[float]:
 def _train_epoch(here: Study, passages: Sequence[Passage], epoch: int) -> None:
     model, tokenizer = load_model(checkpoint(here, epoch - 1))
     optimizer = torch.optim.AdamW(
-        model.parameters(), here.size.learning_rate, BETAS, weight_decay=0.0, fused=True
+        model.parameters(), here.size.learning_rate, BETAS, weight_decay=0.0, fused=here.size.fast
     )
     state = checkpoint(here, epoch - 1) / OPTIMIZER
     if epoch > 1:
         optimizer.load_state_dict(torch.load(state, weights_only=True))
     encoded = [tokenizer(passage["text"])["input_ids"] for passage in passages]
     steps = batches([len(ids) for ids in encoded], here.size.batch, random.Random(f"{here.seed}/{epoch}"))
-    precision = getattr(torch, here.size.precision)
     total = tokens = 0.0
     for number, members in enumerate(steps):
         step = (epoch - 1) * len(steps) + number
         for group in optimizer.param_groups:
             group["lr"] = here.size.learning_rate * min(1.0, (step + 1) / WARMUP)
         ids, labels = padded([encoded[i] for i in members])
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=here.size.fast):
             logits, wanted = predictions(model, ids, labels)
             loss = functional.cross_entropy(logits, wanted)
         loss.backward()

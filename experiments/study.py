@@ -28,7 +28,8 @@ class Size:
         epochs: that the model is fine-tuned for.
         batch: passages in a step.
         learning_rate: of AdamW.
-        precision: of the products in training; weights, and all else that the study computes, are float32.
+        fast: whether training multiplies in bfloat16 and AdamW is torch's fused one; weights, and all else that the
+            study computes, are float32.
         ekfac: name patterns of the modules that EK-FAC is fitted on.
         queries: that are asked, at most.
     """
@@ -38,7 +39,7 @@ class Size:
     epochs: int
     batch: int
     learning_rate: float
-    precision: str
+    fast: bool
     ekfac: tuple[str, ...]
     queries: int
 
@@ -47,9 +48,9 @@ SIXTH_LAYERS = ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*")
 """The MLPs of layers 0, 5, 10, 15, 20 and 25 of SmolLM2's 30."""
 
 SIZES = {
-    "small": Size(320, 8, 3, 8, 1e-4, "float32", SIXTH_LAYERS, 60),
-    "medium": Size(640, 16, 2, 8, 1e-4, "float32", SIXTH_LAYERS, 120),
-    "full": Size(3000, 60, 1, 32, 2e-4, "bfloat16", SIXTH_LAYERS, 300),
+    "small": Size(320, 8, 3, 8, 1e-4, False, SIXTH_LAYERS, 60),
+    "medium": Size(640, 16, 2, 8, 1e-4, False, SIXTH_LAYERS, 120),
+    "full": Size(3000, 60, 1, 32, 2e-4, True, SIXTH_LAYERS, 300),
 }
 """small: minutes on two cores. medium: some of an hour. full: the figures of docs/evidence.md, hours."""
 

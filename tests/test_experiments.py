@@ -12,6 +12,7 @@ from trackstar.scoring.attribution import score_rows
 
 from experiments.corpus import Fact, _mentioning, _wordnet_facts, load
 from experiments.document import Document
+from experiments.opponents import sums_by_place
 from experiments.provenance import answers, batches
 from experiments.quality import with_gold
 from experiments.scores import automatic_mixing, ranking, scores
@@ -180,6 +181,14 @@ def test_answers_are_those_of_one_question_at_a_time(llama):
             given = torch.cat([given, torch.tensor([[token]])], dim=1)
         assert log_p == pytest.approx(wanted, rel=1e-5)
         assert right == hits
+
+
+def test_terms_are_added_up_by_what_is_predicted():
+    text = "Oslo: a city"
+    spans = [(0, 2), (2, 4), (4, 5), (5, 7), (7, 12)]
+    terms = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    assert sums_by_place(terms, spans, text, "city") == {"heading": 11.0, "answer": 1000.0, "else": 10100.0}
+    assert sums_by_place(terms, spans, text, "port") == {"heading": 11.0, "answer": 0.0, "else": 11100.0}
 
 
 def test_questions_without_that_gold_are_left_out():
