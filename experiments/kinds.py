@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in ranked[:TOP]
         ]
         results.append({"method": method} | shares(kinds))
-    here.write("kinds", results, top=TOP)
+    here.write("kinds", results, top=TOP, questions=len(asked))
     return 0
 
 
