@@ -2,10 +2,14 @@
 
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+Record = Mapping[str, Any]
+"""What a part of the study wrote (``Study.write``)."""
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.9rem }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
 th { border-bottom: 2px solid #888 }
@@ -63,6 +67,19 @@ class Document:
             f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
         )
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
+
+
+def interval(figure: Mapping[str, float], *, signed: bool = False, scale: float = 1) -> str:
+    """A figure {"value", "low", "high"}, times ``scale``, in words: "0.123 [0.045, 0.201]", or signed."""
+    value, low, high = (
+        f"{scale * figure[end]:{'+' if signed else ''}.3f}" for end in ("value", "low", "high")
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def common(record: Record) -> str:
+    """What the captions of a part's figures have in common."""
+    return f"seed {record['seed']}, 95% bootstrap intervals over questions"
 
 
 def _cell(value: object) -> str:

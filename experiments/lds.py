@@ -3,66 +3,74 @@
 A method predicts what a model trained on a subset makes of an answer by the sum of its scores over the subset. The
 score is Spearman's correlation, over subsets, of this sum with the answer's real log-probability, averaged over seeds
 of training. Seeds disagree, which no prediction can help: the ceiling is what a perfect one would reach.
+
+With --peers, bergson's methods are among them: an environment of several GB is made for it where there is none.
 """
 
 import dataclasses
+import os
 import sys
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from trackstar.evaluation import estimate
 
-from experiments.retraining import Run, answers_of, half_subsets
+from benchmarks.peers_environment import ENVIRONMENT
+from experiments.retraining import Run, answers_of, by_kind, half_subsets, kept_runs
 from experiments.small_model import Setup, make_texts
+from experiments.small_peers import bergson_scores
 from experiments.small_scores import small_scores
-from experiments.study import study
+from experiments.study import chosen, parser
 
-COUNTS = {"small": (16, 2), "medium": (64, 3), "full": (200, 3)}
+COUNTS = {"small": (16, 2), "medium": (64, 2), "full": (200, 3)}
 """Subsets, and seeds of training, by the size of the study."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train again on every subset, and hold every method's sums against the outcome."""
-    here = study(__doc__, argv)
+    options = parser(__doc__)
+    options.add_argument(
+        "--peers",
+        type=Path,
+        nargs="?",
+        const=ENVIRONMENT,
+        metavar="ENVIRONMENT",
+        help=f"bergson too, in a virtual environment of its own (default: {ENVIRONMENT})",
+    )
+    given = options.parse_args(argv)
+    here = chosen(given)
     torch.set_num_threads(1)
     setup = Setup()
     texts = make_texts(setup)
     subsets, seeds = COUNTS[here.name]
     halves = half_subsets(subsets, setup.passages, here.seed)
-    measured = np.stack(
-        [
-            answers_of(here.folder.parent / "retrained", texts, setup, [Run(half, seed) for half in halves])
-            for seed in range(seeds)
-        ]
-    )
+    runs = [Run(half, seed) for seed in range(seeds) for half in halves]
+    measured = answers_of(kept_runs(here), texts, setup, runs, os.cpu_count() or 1)
+    measured = measured.reshape(seeds, subsets, setup.queries)
     inside = np.zeros((subsets, setup.passages))
     for row, half in zip(inside, halves, strict=True):
         row[list(half)] = 1
-    found = small_scores(here.path("small-ekfac"), texts, setup, here.seed)
-    groups = {
-        "all": np.ones(setup.queries, dtype=bool),
-        "about training passages": np.array(texts.seen),
-        "about passages held out": ~np.array(texts.seen),
+    found = small_scores(here, texts, setup) | bergson_scores(here, texts, setup, given.peers)
+    by_query = {
+        name: datamodeling_scores(values.double().numpy(), inside, measured.mean(0))
+        for name, values in found.items()
     }
-    results = []
-    for name, values in found.items():
-        by_query = datamodeling_scores(values.double().numpy(), inside, measured.mean(0))
-        results += [summary(name, group, by_query[chosen]) for group, chosen in groups.items()]
-    limits = ceiling(measured)
-    results += [summary("ceiling", group, limits[chosen]) for group, chosen in groups.items()]
+    by_query["ceiling"] = ceiling(measured)
+    groups = by_kind(np.array(texts.seen))
+    results = [
+        {
+            "method": name,
+            "queries": group,
+            "n": int(members.sum()),
+            "LDS": dataclasses.asdict(estimate(values[members])),
+            "above TrackStar's": dataclasses.asdict(estimate((values - by_query["TrackStar"])[members])),
+        }
+        for name, values in by_query.items()
+        for group, members in groups.items()
+    ]
     here.write("lds", results, subsets=subsets, seeds=seeds, setup=dataclasses.asdict(setup))
     return 0
-
-
-def summary(method: str, group: str, values: np.ndarray) -> dict[str, Any]:
-    """The mean over queries, with its bootstrap interval."""
-    return {
-        "method": method,
-        "queries": group,
-        "n": len(values),
-        "LDS": dataclasses.asdict(estimate(values)),
-    }
 
 
 def datamodeling_scores(scores: np.ndarray, inside: np.ndarray, measured: np.ndarray) -> np.ndarray:

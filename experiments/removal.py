@@ -1,23 +1,24 @@
 """Ground truth: how much an answer loses when the model is trained again without its k best passages."""
 
 import dataclasses
+import os
 import sys
 
 import numpy as np
 import torch
 from trackstar.evaluation import estimate
 
-from experiments.retraining import Run, answers_of
+from experiments.retraining import Run, answers_of, by_kind, kept_runs
 from experiments.scores import ranking
 from experiments.small_model import Setup, make_texts
 from experiments.small_scores import small_scores
 from experiments.study import study
 
-METHODS = ("TrackStar", "cosine", "EK-FAC", "BM25", "random")
+METHODS = ("TrackStar", "EK-FAC", "BM25", "random")
 
 K = 20
 
-COUNTS = {"small": (3, 1), "medium": (6, 1), "full": (40, 3)}
+COUNTS = {"small": (3, 1), "medium": (8, 1), "full": (40, 3)}
 """Questions of either kind, and seeds of training, by the size of the study."""
 
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     questions, seeds = COUNTS[here.name]
     seen = np.array(texts.seen)
     asked = [*np.flatnonzero(seen)[:questions].tolist(), *np.flatnonzero(~seen)[:questions].tolist()]
-    found = small_scores(here.path("small-ekfac"), texts, setup, here.seed)
+    found = small_scores(here, texts, setup)
     every = tuple(range(setup.passages))
     best = {name: best_of(found[name], K) for name in METHODS}
     runs = [
@@ -38,14 +39,30 @@ def main(argv: list[str] | None = None) -> int:
         for seed in range(seeds)
         for chosen in [(), *(best[name][q] for name in METHODS for q in asked)]
     ]
-    answers = answers_of(here.folder.parent / "retrained", texts, setup, runs).reshape(seeds, -1, len(seen))
-    results = []
-    for number, name in enumerate(METHODS):
-        start = 1 + number * len(asked)
-        drops = np.array([(answers[:, 0, q] - answers[:, start + i, q]).mean() for i, q in enumerate(asked)])
-        for group, chosen in (("training passages", seen[asked]), ("passages held out", ~seen[asked])):
-            fall = dataclasses.asdict(estimate(drops[chosen]))
-            results.append({"method": name, "about": group, "n": int(chosen.sum()), "fall of log p": fall})
+    answers = answers_of(kept_runs(here), texts, setup, runs, os.cpu_count() or 1)
+    answers = answers.reshape(seeds, len(runs) // seeds, setup.queries)
+    falls = {
+        name: np.array(
+            [
+                (answers[:, 0, q] - answers[:, 1 + number * len(asked) + i, q]).mean()
+                for i, q in enumerate(asked)
+            ]
+        )
+        for number, name in enumerate(METHODS)
+    }
+    groups = by_kind(seen[asked])
+    results = [
+        {
+            "method": name,
+            "queries": group,
+            "n": int(members.sum()),
+            "fall of log p": dataclasses.asdict(estimate(fall[members])),
+            "above random's": dataclasses.asdict(estimate((fall - falls["random"])[members])),
+            "above BM25's": dataclasses.asdict(estimate((fall - falls["BM25"])[members])),
+        }
+        for name, fall in falls.items()
+        for group, members in groups.items()
+    ]
     here.write("removal", results, k=K, seeds=seeds, setup=dataclasses.asdict(setup))
     return 0
 

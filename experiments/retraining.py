@@ -15,6 +15,7 @@ from trackstar.examples import Encoded, EncodedQuery
 from trackstar.progress import track
 
 from experiments.small_model import Setup, Texts, measure, train
+from experiments.study import Study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,29 @@ class Run:
     seed: int
 
 
+def kept_runs(here: Study) -> Path:
+    """The folder of the runs, which studies of all sizes and seeds share."""
+    return here.folder.parent / "retrained"
+
+
 def half_subsets(count: int, passages: int, seed: int = 0) -> list[tuple[int, ...]]:
     """``count`` random halves of the positions below ``passages``, each in ascending order."""
     generator = np.random.default_rng(seed)
     halves = (generator.permutation(passages)[: passages // 2] for _ in range(count))
     return [tuple(sorted(half.tolist())) for half in halves]
+
+
+def by_kind(seen: np.ndarray) -> dict[str, np.ndarray]:
+    """The groups of questions that figures are given for, (Q,) bool each.
+
+    Args:
+        seen: (Q,) bool, whether a question is about a training passage.
+    """
+    return {
+        "all": np.ones_like(seen),
+        "about training passages": seen,
+        "about passages held out": ~seen,
+    }
 
 
 def answers_of(

@@ -49,10 +49,15 @@ def scores(
 
 def automatic_mixing(passages: torch.Tensor, questions: torch.Tensor, damping: float = DAMPING) -> float:
     """λ by the paper's rule."""
-    blocks = range(passages.shape[1])
-    empty = questions[:0, 0].double()
-    train = [torch.linalg.eigvalsh(_curvature(passages[:, b].double(), empty, 0.0, damping)) for b in blocks]
-    return choose_mixing(questions, torch.stack(train))
+    return choose_mixing(questions, torch.stack([_spectrum(x.double(), damping) for x in passages.unbind(1)]))
+
+
+def _spectrum(x: torch.Tensor, damping: float) -> torch.Tensor:
+    """Eigenvalues (d,) of a block's damped R_train, of rows (N, d): the smaller Gram matrix has all but zeros."""
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    found = torch.zeros(x.shape[1], dtype=x.dtype)
+    found[: len(gram)] = torch.linalg.eigvalsh(gram) / len(x)
+    return found + damping * found.mean()
 
 
 def _curvature(x: torch.Tensor, q: torch.Tensor, mixing: float, damping: float) -> torch.Tensor:

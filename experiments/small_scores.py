@@ -1,7 +1,5 @@
 """Every method's scores of the small model's passages for its questions."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import trackstar
@@ -10,31 +8,39 @@ from trackstar.ekfac import fit_factors
 from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
+from trackstar.lean import LeanPass
+from trackstar.probability import mean_probabilities
 
 from experiments.scores import automatic_mixing, scores
 from experiments.small_model import WIDTH, Setup, Texts, train
+from experiments.study import Study
 
 DAMPING = 0.1
 """Of EK-FAC, relative to the mean eigenvalue: the engine's default."""
 
 
-def small_scores(folder: Path, texts: Texts, setup: Setup, seed: int) -> dict[str, torch.Tensor]:
-    """(Q, N) scores by each method, the model trained on all passages with ``seed``; "random" are drawn.
+def small_scores(here: Study, texts: Texts, setup: Setup) -> dict[str, torch.Tensor]:
+    """(Q, N) scores by each method, kept; the model is trained on all passages with the study's seed."""
+    kept = here.path("small-scores.pt")
+    if not kept.is_file():
+        torch.save(_scores(here, texts, setup), kept)
+    return torch.load(kept)
 
-    EK-FAC keeps its factors in ``folder``.
-    """
+
+def _scores(here: Study, texts: Texts, setup: Setup) -> dict[str, torch.Tensor]:
     passages, queries = texts.encoded(), texts.encoded_queries()
-    model, optimizer = train(passages, range(len(passages)), seed, setup)
+    model, optimizer = train(passages, range(len(passages)), here.seed, setup)
     exact = trackstar.SecondMoments.from_optimizer(optimizer.state_dict(), model).correction("exact")
-    plain, corrected = (
+    plain, corrected, margin = (
         [
-            torch.cat(list(trackstar.collect_rows(model, given, correction=correction)))
+            torch.cat(list(trackstar.collect_rows(model, given, correction=correction, output=output)))
             for given in (texts.passages, texts.queries)
         ]
-        for correction in (None, exact)
+        for correction, output in ((None, "loss"), (exact, "loss"), (None, "margin"))
     )
+    unlearned = 1 - mean_probabilities(LeanPass(model, ()), passages)
     words = [texts.tokenizer.decode(query["input_ids"]) for query in texts.queries]
-    factors = fit_factors(folder, model, texts.passages, seed=seed)
+    factors = fit_factors(here.path("small-ekfac"), model, texts.passages, seed=here.seed)
     capture = TokenCapture(model, list(factors.shapes))
     thin = thin_queries(capture, queries, DampedInverse(factors, DAMPING, torch.device("cpu")), WIDTH, "loss")
     return {
@@ -46,7 +52,10 @@ def small_scores(folder: Path, texts: Texts, setup: Setup, seed: int) -> dict[st
         "dot": scores(*plain, whitened=False, unit_norm=False),
         "R, no norm": scores(*plain, unit_norm=False),
         "V, R, no norm": scores(*corrected, unit_norm=False),
+        "TRAK": scores(*margin, unit_norm=False) * unlearned,
         "EK-FAC": scores_of(capture, passages, thin, lambda count: None).float(),
         "BM25": bm25_scores(words, [passage["text"] for passage in texts.passages]),
-        "random": torch.from_numpy(np.random.default_rng(seed).random((len(queries), len(passages)))).float(),
+        "random": torch.from_numpy(
+            np.random.default_rng(here.seed).random((len(queries), len(passages)))
+        ).float(),
     }

@@ -29,9 +29,6 @@ class Size:
         batch: passages in a step.
         learning_rate: of AdamW.
         precision: of the products in training; weights, and all else that the study computes, are float32.
-        sweeps: whether settings are swept that need rows of their own.
-        ranks: of the optimizer correction that are compared with none and the exact one.
-        checkpoints: epochs whose models are compared; 0 is the model before training.
         ekfac: name patterns of the modules that EK-FAC is fitted on.
         queries: that are asked, at most.
     """
@@ -42,9 +39,6 @@ class Size:
     batch: int
     learning_rate: float
     precision: str
-    sweeps: bool
-    ranks: tuple[int, ...]
-    checkpoints: tuple[int, ...]
     ekfac: tuple[str, ...]
     queries: int
 
@@ -53,9 +47,9 @@ SIXTH_LAYERS = ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*")
 """The MLPs of layers 0, 5, 10, 15, 20 and 25 of SmolLM2's 30."""
 
 SIZES = {
-    "small": Size(320, 8, 3, 8, 1e-4, "float32", False, (), (), SIXTH_LAYERS, 60),
-    "medium": Size(640, 16, 2, 8, 1e-4, "float32", True, (4,), (0, 2), SIXTH_LAYERS, 120),
-    "full": Size(3000, 60, 1, 32, 2e-4, "bfloat16", True, (1, 2, 4, 8), (0, 1), SIXTH_LAYERS, 300),
+    "small": Size(320, 8, 3, 8, 1e-4, "float32", SIXTH_LAYERS, 60),
+    "medium": Size(640, 16, 2, 8, 1e-4, "float32", SIXTH_LAYERS, 120),
+    "full": Size(3000, 60, 1, 32, 2e-4, "bfloat16", SIXTH_LAYERS, 300),
 }
 """small: minutes on two cores. medium: some of an hour. full: the figures of docs/evidence.md, hours."""
 

@@ -1,12 +1,12 @@
 """One setting at a time: what each choice is worth, in MRR on relation gold.
 
-Names given after the options run these sweeps alone; the default is all that need no rows of their own, and in larger
-sizes all.
+Names given after the options run these sweeps alone; the default is all.
 """
 
 import dataclasses
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,17 @@ from trackstar.attribution import score_rows
 from trackstar.curvature import DAMPING
 
 from experiments.provenance import questions
-from experiments.quality import Ranking, difference, measured
+from experiments.quality import Ranking, difference, measured, mrr
 from experiments.scores import automatic_mixing, ranking, scores
-from experiments.stores import EXACT, built, passage_rows, question_rows
+from experiments.sketches import Sketched, sketched
+from experiments.stores import built, passage_rows, question_rows
 from experiments.study import Study, chosen, parser
 
+Found = tuple[Ranking, dict[str, Any]]
+"""The passages that a setting ranks for each question, and what else there is to say of it."""
+
 Setting = tuple[str, Ranking, dict[str, Any]]
-"""Its name, the passages it ranks for each question, and what else there is to say of it."""
+"""Its name before that."""
 
 
 class Rows:
@@ -37,43 +41,46 @@ class Rows:
         self.mixing = automatic_mixing(self.passages, self.questions)
         self.ids = [self.store.id(i) for i in range(len(self.store))]
 
-    def ranked(self, passages: torch.Tensor, questions: torch.Tensor, **settings: Any) -> Setting:
+    def ranked(self, passages: torch.Tensor, questions: torch.Tensor, **settings: Any) -> Found:
         """By TrackStar from these rows, λ by the paper's rule unless it is given."""
         if "mixing" not in settings:
             settings["mixing"] = automatic_mixing(passages, questions, settings.get("damping", DAMPING))
         _, blocks, size = passages.shape
         said = {"λ": settings["mixing"], "D": blocks * size}
-        return "", ranking(scores(passages, questions, **settings), self.ids), said
+        return ranking(scores(passages, questions, **settings), self.ids), said
 
-    def of_store(self, **settings: Any) -> Setting:
-        """The same from the rows of another store."""
-        store = built(self.here, **settings)
-        asked = question_rows(self.here, store, self.asked, epoch=settings.get("epoch"))
-        return self.ranked(passage_rows(store), asked)
+    @cached_property
+    def default(self) -> Found:
+        """By the default settings."""
+        return self.ranked(self.passages, self.questions)
+
+    def by(self, sweep: str) -> Iterator[Setting]:
+        """By the rows that a sweep has of its own."""
+        for name, found in zip(OWN[sweep], sketched(self.here, list(OWN[sweep].values())), strict=True):
+            yield name, *self.ranked(*found)
 
 
 def mixing(rows: Rows) -> Iterator[Setting]:
     """λ, the share of the questions' own curvature in R."""
     for value in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99):
-        yield f"{value}", *rows.ranked(rows.passages, rows.questions, mixing=value)[1:]
-    yield f"auto ({rows.mixing:.3f})", *rows.ranked(rows.passages, rows.questions)[1:]
+        yield f"{value}", *rows.ranked(rows.passages, rows.questions, mixing=value)
+    yield f"auto ({rows.mixing:.3f})", *rows.ranked(rows.passages, rows.questions)
 
 
 def damping(rows: Rows) -> Iterator[Setting]:
     """δ relative to the mean eigenvalue of R_train."""
     for value in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
-        yield f"{value}", *rows.ranked(rows.passages, rows.questions, damping=value)[1:]
+        yield f"{value}", *rows.ranked(rows.passages, rows.questions, damping=value)
 
 
 def sketch(rows: Rows) -> Iterator[Setting]:
-    """Size p = q of each module's sketch (Figure 2): corners of the sketches of 16, which are sketches themselves."""
-    size = rows.store.spec.sketch
-    for p in (1, 2, 4, 8, 12, size):
-        corners = [
-            part.unflatten(2, (size, size))[:, :, :p, :p].flatten(2) * (size / p)
-            for part in (rows.passages, rows.questions)
-        ]
-        yield f"{p}", *rows.ranked(*corners)[1:]
+    """Size p = q of each module's sketch (Figure 2): corners of the largest, which are sketches themselves."""
+    (largest,) = OWN["sketch"].values()
+    (found,) = sketched(rows.here, [largest])
+    size = largest.spec.sketch
+    for p in (1, 2, 4, 8, 12, 16, 24, size):
+        corners = [part.unflatten(2, (size, size))[:, :, :p, :p].flatten(2) * (size / p) for part in found]
+        yield f"{p}", *rows.ranked(*corners)
 
 
 def blocks(rows: Rows) -> Iterator[Setting]:
@@ -86,14 +93,14 @@ def blocks(rows: Rows) -> Iterator[Setting]:
             torch.zeros(len(part), wanted, part.shape[2]).index_add_(1, groups, part)
             for part in (rows.passages, rows.questions)
         ]
-        yield f"{wanted}", *rows.ranked(*merged)[1:]
+        yield f"{wanted}", *rows.ranked(*merged)
 
 
 def output(rows: Rows) -> Iterator[Setting]:
     """What a question's row is the gradient of (Table A.3); passages keep the loss."""
     for name in ("loss", "margin", "logit"):
         asked = question_rows(rows.here, rows.store, rows.asked, output=name)
-        yield name, *rows.ranked(rows.passages, asked)[1:]
+        yield name, *rows.ranked(rows.passages, asked)
 
 
 def dtype(rows: Rows) -> Iterator[Setting]:
@@ -114,48 +121,64 @@ def dtype(rows: Rows) -> Iterator[Setting]:
 
 def correction(rows: Rows) -> Iterator[Setting]:
     """Form of the optimizer correction, from the real second moments of AdamW."""
-    for form in (None, *(("rank", rank) for rank in rows.here.size.ranks), EXACT):
-        name = "none" if form is None else f"rank {form[1]}" if form[0] == "rank" else "exact"
-        yield name, *rows.of_store(correction=form)[1:]
+    yield from rows.by("correction")
+    yield "exact", *rows.default
 
 
 def kind(rows: Rows) -> Iterator[Setting]:
-    """Random matrices of the sketch, and another draw of the default, which shows the noise."""
-    for name, spec in (
-        ("Rademacher", trackstar.SketchSpec()),
-        ("Rademacher, another seed", trackstar.SketchSpec(seed=1)),
-        ("CountSketch", trackstar.SketchSpec(kind="countsketch")),
-    ):
-        yield name, *rows.of_store(spec=spec)[1:]
+    """Random matrices of the sketch, two draws of each: how far those of one kind differ shows the noise."""
+    yield "Rademacher", *rows.default
+    yield from rows.by("kind")
 
 
 def equal_size(rows: Rows) -> Iterator[Setting]:
     """Many small blocks or few large ones at nearly equal D."""
-    for layers, p in (("module", 16), (60, 30), (16, 58)):
-        spec = trackstar.SketchSpec(sketch=p, blocks=layers)
-        yield f"{layers} × {p}²", *rows.of_store(spec=spec)[1:]
+    yield "module × 16²", *rows.default
+    yield from rows.by("equal_size")
 
 
 def checkpoint(rows: Rows) -> Iterator[Setting]:
     """The model along the fine-tuning, with the last epoch's second moments throughout."""
-    for epoch in rows.here.size.checkpoints:
-        yield f"epoch {epoch}", *rows.of_store(epoch=epoch)[1:]
+    last = rows.here.size.epochs
+    for epoch in (epoch for epoch in CHECKPOINTS if epoch < last):
+        (found,) = sketched(rows.here, [Sketched()], epoch=epoch)
+        yield f"epoch {epoch}", *rows.ranked(*found)
+    yield f"epoch {last}", *rows.default
 
 
-FROM_ROWS = {
+CHECKPOINTS = (0, 1)
+"""Epochs whose models stand beside that of the last; 0 is the model before training."""
+
+OWN = {
+    "sketch": {"32": Sketched(spec=trackstar.SketchSpec(sketch=32))},
+    "correction": {
+        "none": Sketched(correction=None),
+        **{f"rank {rank}": Sketched(correction=("rank", rank)) for rank in (1, 2, 4, 8)},
+    },
+    "kind": {
+        "Rademacher, seed 1": Sketched(spec=trackstar.SketchSpec(seed=1)),
+        "CountSketch": Sketched(spec=trackstar.SketchSpec(kind="countsketch")),
+        "CountSketch, seed 1": Sketched(spec=trackstar.SketchSpec(kind="countsketch", seed=1)),
+    },
+    "equal_size": {
+        "60 × 30²": Sketched(spec=trackstar.SketchSpec(sketch=30, blocks=60)),
+        "16 × 58²": Sketched(spec=trackstar.SketchSpec(sketch=58, blocks=16)),
+    },
+}
+"""Settings of the sweeps that need rows of their own, by name: one pass of the model collects them all."""
+
+SWEEPS = {
     "mixing": mixing,
     "damping": damping,
     "sketch": sketch,
+    "correction": correction,
     "blocks": blocks,
+    "equal_size": equal_size,
+    "kind": kind,
     "output": output,
+    "checkpoint": checkpoint,
     "dtype": dtype,
 }
-"""Sweeps over what is done with the default store's rows."""
-
-FROM_STORES = {"correction": correction, "kind": kind, "equal_size": equal_size, "checkpoint": checkpoint}
-"""Sweeps that need a store for each setting."""
-
-SWEEPS = FROM_ROWS | FROM_STORES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -167,20 +190,22 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         options.error(f"no sweep is called {', '.join(sorted(unknown))}")
     here = chosen(given)
+    names = given.sweeps or list(SWEEPS)
     rows = Rows(here)
-    for name in given.sweeps or (SWEEPS if here.size.sweeps else FROM_ROWS):
+    sketched(here, [setting for name in names for setting in OWN.get(name, {}).values()])
+    for name in names:
         run(rows, name)
     return 0
 
 
 def run(rows: Rows, name: str) -> None:
     """Run a sweep and write its JSON: every setting's figures, and how they differ from the default's."""
-    reference = rows.ranked(rows.passages, rows.questions)[1]
-    results = []
+    reference, _ = rows.default
+    settings = []
     for setting, found, said in SWEEPS[name](rows):
         quality = {row["gold"]: row for row in measured({setting: found}, rows.asked, by=())}
         less = difference(found, reference, rows.asked)
-        results.append(
+        settings.append(
             {
                 "setting": setting,
                 "mrr": quality["relation"]["mrr"],
@@ -191,7 +216,7 @@ def run(rows: Rows, name: str) -> None:
             | said
         )
         print(f"{name} {setting}: MRR {quality['relation']['mrr']['value']:.3f}", flush=True)
-    rows.here.write(f"sweep-{name}", results, sweep=(SWEEPS[name].__doc__ or "").strip())
+    rows.here.write(f"sweep-{name}", {"default": mrr(reference, rows.asked), "settings": settings})
 
 
 def _engine_scores(rows: Rows, store: trackstar.Store) -> torch.Tensor:

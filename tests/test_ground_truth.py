@@ -1,5 +1,7 @@
 """The study's ground truth: correlations by hand, subsets, and a training that a seed and a set determine."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from experiments.lds import ceiling, datamodeling_scores, ranks, spearman
 from experiments.removal import best_of, without
 from experiments.retraining import Run, answers_of, half_subsets
 from experiments.small_model import Setup, make_query, split_texts, train
+from experiments.small_peers import _scores
 
 SETUP = Setup(passages=12, queries=4, epochs=1, batch=4)
 
@@ -99,3 +102,31 @@ def test_what_is_removed():
     assert best_of(scores, 2) == [(1, 2), (0, 1)]
     assert without((0, 1, 2, 3), (1, 2)) == (0, 3)
     assert without((0, 1), ()) == (0, 1)
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """A bergson that notes how it is called and fails if told to, beside a Python that gives scores (2 of 3)."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "bergson").write_text(
+        '#!/bin/sh\necho "$@" >> calls\nif [ "$1" = fail ]; then echo why; exit 1; fi\n'
+    )
+    (folder / "python").write_text(
+        f"#!{sys.executable}\nimport sys, numpy\nnumpy.save(sys.argv[-1], numpy.arange(6).reshape(3, 2))\n"
+    )
+    for file in folder.iterdir():
+        file.chmod(0o755)
+    return folder / "bergson"
+
+
+def test_a_peers_commands_run_in_order_and_its_scores_are_those_of_queries(peer, tmp_path):
+    found = _scores(peer, tmp_path / "run", [["build", "query", "--n", 16], ["score", "scores"]])
+    assert found.tolist() == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+    assert (tmp_path / "run" / "calls").read_text() == "build query --n 16\nscore scores\n"
+
+
+def test_a_peers_failure_is_told_in_its_words(peer, tmp_path):
+    with pytest.raises(RuntimeError, match=r"bergson failed: why"):
+        _scores(peer, tmp_path / "run", [["fail"], ["score", "scores"]])
+    assert (tmp_path / "run" / "calls").read_text() == "fail\n"
