@@ -85,7 +85,7 @@ def shares(rows: Mapping[str, Mapping[str, float]], label: str, file: Path) -> N
     start = np.zeros(len(rows))
     for number, kind in enumerate(kinds):
         values = np.array([row[kind] for row in rows.values()])
-        axes.barh(list(rows), values, left=start, label=kind, color=[*COLOURS, "#c9c9c9"][number], height=0.7)
+        axes.barh(list(rows), values, left=start, label=kind, color=[*COLOURS, "#8f8f8f"][number], height=0.7)
         for place, (value, left) in enumerate(zip(values, start, strict=True)):
             if value >= 0.04:
                 axes.text(

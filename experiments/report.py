@@ -17,6 +17,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "ladder": ("The ladder: every method on the same questions and passages", report_quality.ladder),
     "sweeps": ("Sweeps: one setting at a time", report_quality.sweeps),
     "tail_patch": ("Tail-patch: what a step on a proponent does to the answer", report_effects.tail_patch),
+    "opponents": ("Gold that looks like an opponent", report_effects.opponents),
     "kinds": ("What kinds of passages are found", report_effects.kinds),
     "order": ("The order of words", report_effects.order),
     "lds": ("Ground truth: what retraining on half of the passages does", report_effects.lds),

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments import figures
 from experiments.document import Document, Record, common, interval
+from experiments.opponents import PLACES
 
 PERCENT = 100
 
@@ -84,6 +85,21 @@ def tail_patch(page: Document, record: Record, folder: Path) -> None:
         for row in gold[:LOWEST]
     ]
     page.table(["question", "passage", "score", "rank", "probability", "points above no passage"], lines)
+
+
+def opponents(page: Document, record: Record, folder: Path) -> None:
+    """At which tokens the scores of passages that state a fact are made."""
+    results = record["results"]
+    means = results["mean terms of gold"]
+    page.text(
+        "TrackStar's score of a passage is a sum over its tokens. Here they are added up by what the model predicts at "
+        "each: the passage's heading, the answer, or anything else. Means over passages that state the fact, by the "
+        "sign of their score:"
+    )
+    page.table(list(means[0]), [list(row.values()) for row in means])
+    page.text("Those of the lowest scores:")
+    columns = ("prompt", "target", "passage", "score", "rank", *PLACES)
+    page.table(columns, [[row[column] for column in columns] for row in results["lowest"][:LOWEST]])
 
 
 def kinds(page: Document, record: Record, folder: Path) -> None:

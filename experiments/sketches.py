@@ -5,7 +5,6 @@ Forward and backward passes cost most of it: a dozen settings take about twice t
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def _write(
     files: Sequence[Path],
 ) -> None:
     """One file of rows for each collector."""
-    unfinished = [file.with_name(f"{file.name}.{os.getpid()}") for file in files]
+    unfinished = [file.with_name(f"{file.name}.new") for file in files]
     tables = [
         np.lib.format.open_memmap(file, "w+", np.float32, (len(examples), *collector.row_shape))
         for file, collector in zip(unfinished, collectors, strict=True)

@@ -77,6 +77,19 @@ def tail_patch():
     }
 
 
+def opponents():
+    terms = {"heading": -0.5, "answer": 0.25, "else": 0.0}
+    lowest = {
+        "prompt": "Eyre is in",
+        "target": " Australia",
+        "passage": "Eyre: a lake",
+        "score": -0.25,
+        "rank": 319,
+    }
+    means = {"gold's score": "below 0", "questions": 1, "mean": -0.25} | terms | {"heading below 0": 1}
+    return {"mean terms of gold": [means], "lowest": [lowest | terms | {"id": "a", "tokens": [["E", -0.25]]}]}
+
+
 def order():
     ratios = [
         {"measure": "TrackStar", "text": text, "form": form, "mean": figure(1.0), "ratio": figure(0.375)}
@@ -100,6 +113,7 @@ RESULTS = {
     **{f"sweep-{name}": (sweep(), {}) for name in SWEEPS},
     "tail_patch": (tail_patch(), {"questions": 8}),
     "kinds": ([{"method": m, "entails": 0.25, "other": 0.75} for m in METHODS], {"top": 10, "questions": 60}),
+    "opponents": (opponents(), {}),
     "order": (order(), {}),
     "lds": (retraining("LDS", "above TrackStar's"), {"setup": {"passages": 1000}, "seeds": 2, "subsets": 16}),
     "removal": (retraining("fall of log p", "above random's", "above BM25's"), {"k": 20, "seeds": 1}),
@@ -143,6 +157,7 @@ def test_every_part_has_its_section_and_its_figures(written):
     assert "| gold | +0.125 [-9.875, +10.125] |  |" in page, "points of a hundred, and no k = 3"
     assert "below 0, in 1 of 1 cases; of the others, in 0 of 0." in page
     assert "| Oslo is the capital of Norway | a | -0.500 | 320 | 0.125 | +25.00 |" in page
+    assert "| Eyre is in |  Australia | Eyre: a lake | -0.250 | 319 | -0.500 | 0.250 | 0.000 |" in page
     assert "| sentence | flipped | 0.375 [0.275, 0.475] |" in page
     assert "| BM25 | 25.0% | 75.0% |" in page
     assert "| MRR, TrackStar − cosine, the next | +0.250 [+0.150, +0.350] | yes |" in page
@@ -159,7 +174,7 @@ def test_every_part_has_its_section_and_its_figures(written):
 
 def test_parts_that_have_not_run_are_named(written):
     page = (written(["ladder", "sweep-kind"]) / "report.md").read_text()
-    for part in ("provenance", "tail_patch", "kinds", "order", "lds", "removal"):
+    for part in ("provenance", "tail_patch", "opponents", "kinds", "order", "lds", "removal"):
         assert f"python -m experiments.{part} --size small" in page
     assert "python -m experiments.ladder" not in page
     assert "python -m experiments.sweeps damping" in page
