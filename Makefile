@@ -32,7 +32,7 @@ lint: install
 bench: install
 	$(BIN)/python -m benchmarks.run
 
-# The study of experiments/: minutes on two cores, or a night. What is there already is not made again.
+# The study of experiments/: minutes on two cores, or hours. What is there already is not made again.
 evidence-small: install
 	$(BIN)/python -m experiments --size small
 

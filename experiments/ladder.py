@@ -34,6 +34,9 @@ DAMPING = 0.1
 
 TRACKSTAR = "TrackStar"
 
+MARGINS = "R mixed, norm, of margins"
+"""Both passages' and questions' gradients are of the margin, log p/(1 − p), which does not fade as p nears 1."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Score every passage for every question by the methods named, and write the figures of all that were scored."""
@@ -114,10 +117,15 @@ def _by_embeddings(here: Study) -> torch.Tensor:
 
 
 def _by_rows(
-    here: Study, correction: tuple[str, int] | None, *, mixed: bool = False, **settings: bool
+    here: Study,
+    correction: tuple[str, int] | None,
+    *,
+    output: str = "loss",
+    mixed: bool = False,
+    **settings: bool,
 ) -> torch.Tensor:
-    store = built(here, correction=correction)
-    passages, asked = passage_rows(store), question_rows(here, store, questions(here))
+    store = built(here, correction=correction, output=output)
+    passages, asked = passage_rows(store), question_rows(here, store, questions(here), output=output)
     mixing = automatic_mixing(passages, asked) if mixed else 0.0
     return scores(passages, asked, mixing=mixing, **settings)
 
@@ -125,9 +133,8 @@ def _by_rows(
 def _by_trak(here: Study) -> torch.Tensor:
     """As the engine does: gradients of the margin on both sides, R, no norms, and passages weighed by 1 − p̄."""
     store = built(here, correction=None, output="margin")
-    asked = question_rows(here, store, questions(here), output="margin")
     probabilities = stored_probabilities(store, *load_model(checkpoint(here)))
-    return scores(passage_rows(store), asked, unit_norm=False) * (1 - probabilities)
+    return _by_rows(here, None, output="margin", unit_norm=False) * (1 - probabilities)
 
 
 def influence(
@@ -165,6 +172,7 @@ METHODS: dict[str, Callable[[Study], torch.Tensor]] = {
     "V, R, norm": lambda here: _by_rows(here, EXACT),
     TRACKSTAR: lambda here: _by_rows(here, EXACT, mixed=True),
     "TRAK": _by_trak,
+    MARGINS: lambda here: _by_rows(here, None, output="margin", mixed=True),
     "EK-FAC": lambda here: influence(here, questions(here), corpus.load(here)[0]),
 }
 """By name: what scores every passage for every question. V is exact and AdamW's own; R is damped as the engine does."""
