@@ -25,7 +25,7 @@ from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.sampling import coins_of, draw
 from trackstar.ekfac.scoring import scores_of, thin_queries
-from trackstar.examples import encode_examples, encode_queries
+from trackstar.gradients.examples import encode_examples, encode_queries
 
 from benchmarks.correction import make_text
 from benchmarks.machine import RESULTS, save

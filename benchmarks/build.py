@@ -18,7 +18,8 @@ import trackstar
 import transformers
 from rich.console import Console
 from rich.table import Table
-from trackstar import build, collector, lean
+from trackstar.gradients import collector, lean
+from trackstar.storage import build
 
 from benchmarks.machine import describe, save
 

@@ -14,9 +14,9 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from trackstar.correction import fit_rank
-from trackstar.modules import select_weights
-from trackstar.second_moments import SecondMoments
+from trackstar.gradients.modules import select_weights
+from trackstar.optimizer.correction import fit_rank
+from trackstar.optimizer.second_moments import SecondMoments
 
 from benchmarks.machine import save
 

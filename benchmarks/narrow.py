@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 import trackstar
 import transformers
-from trackstar.attribution import query_rows
 from trackstar.curvature import choose_mixing
-from trackstar.examples import encode_queries
-from trackstar.layout import Layout
-from trackstar.scan import Found, plan_scan
-from trackstar.selection import select
+from trackstar.gradients.examples import encode_queries
+from trackstar.scoring.attribution import query_rows
+from trackstar.scoring.scan import Found, plan_scan
+from trackstar.scoring.selection import select
+from trackstar.storage.layout import Layout
 
 from benchmarks.machine import save
 from trackstar_kernels import encode_rows, mixed_topk

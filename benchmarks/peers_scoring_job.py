@@ -29,8 +29,8 @@ Search = Callable[[Path, np.ndarray, int], list[list[int]]]
 
 def ours(threads: int) -> Search:
     import torch
-    from trackstar.attribution import score_rows
-    from trackstar.store import open_store
+    from trackstar.scoring.attribution import score_rows
+    from trackstar.storage.store import open_store
 
     torch.set_num_threads(threads)
 

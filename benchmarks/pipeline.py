@@ -12,15 +12,15 @@ from functools import partial
 import torch
 import transformers
 from torch import nn
-from trackstar.collector import GradientCollector
-from trackstar.correction import Correction
-from trackstar.examples import Encoded
-from trackstar.lean import LeanPass
-from trackstar.modules import select_weights
-from trackstar.passes import BATCH_TOKENS, rows_of
-from trackstar.second_moments import SecondMoments
-from trackstar.spec import SketchSpec
-from trackstar.tap import GradientTap
+from trackstar.gradients.collector import GradientCollector
+from trackstar.gradients.examples import Encoded
+from trackstar.gradients.lean import LeanPass
+from trackstar.gradients.modules import select_weights
+from trackstar.gradients.passes import BATCH_TOKENS, rows_of
+from trackstar.gradients.spec import SketchSpec
+from trackstar.gradients.tap import GradientTap
+from trackstar.optimizer.correction import Correction
+from trackstar.optimizer.second_moments import SecondMoments
 
 from benchmarks.machine import describe, save
 from benchmarks.models import CASES, training_step

@@ -15,8 +15,8 @@ from statistics import median
 
 import torch
 from trackstar.curvature import estimate_curvature
-from trackstar.scan import plan_scan
-from trackstar.selection import select
+from trackstar.scoring.scan import plan_scan
+from trackstar.scoring.selection import select
 
 from benchmarks.machine import save
 from benchmarks.stores import write_store

@@ -13,14 +13,14 @@ from statistics import median
 import numpy as np
 import torch
 import xxhash
-from trackstar.durable import new_folder
-from trackstar.examples import Encoded
-from trackstar.index import with_shard
-from trackstar.layout import Layout
-from trackstar.manifest import Manifest, ShardRecord
-from trackstar.sealed import Seal, SealedFolder
-from trackstar.shard import StoredRows, write_shard
-from trackstar.store import open_store
+from trackstar.gradients.examples import Encoded
+from trackstar.storage.durable import new_folder
+from trackstar.storage.index import with_shard
+from trackstar.storage.layout import Layout
+from trackstar.storage.manifest import Manifest, ShardRecord
+from trackstar.storage.sealed import Seal, SealedFolder
+from trackstar.storage.shard import StoredRows, write_shard
+from trackstar.storage.store import open_store
 
 from benchmarks.machine import save
 from benchmarks.timing import interleaved

@@ -13,11 +13,11 @@ from statistics import median
 
 import torch
 import transformers
-from trackstar.collector import GradientCollector
-from trackstar.examples import Encoded
-from trackstar.lean import LeanPass
-from trackstar.passes import rows_of
-from trackstar.second_moments import SecondMoments
+from trackstar.gradients.collector import GradientCollector
+from trackstar.gradients.examples import Encoded
+from trackstar.gradients.lean import LeanPass
+from trackstar.gradients.passes import rows_of
+from trackstar.optimizer.second_moments import SecondMoments
 
 from benchmarks.machine import save
 from benchmarks.models import CASES

@@ -18,7 +18,7 @@ import transformers
 from assets import CACHE, FACTBOOK, SMOLLM2, SPEECHES, AssetError, console, converted, unpacked
 from corpus import FACTBOOK_PASSAGES, Fact, Passage, factbook_passages, facts, sample, speech_passages
 from rich.table import Table
-from trackstar.manifest import FORMAT
+from trackstar.storage.manifest import FORMAT
 
 OUTPUT = Path("demo-output") / "answers.jsonl"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trackstar.baselines import Encoder, bm25_scores
 from trackstar.ekfac import fit_factors
 from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
-from trackstar.examples import encode_examples, encode_queries
-from trackstar.probability import stored_probabilities
+from trackstar.gradients.examples import encode_examples, encode_queries
+from trackstar.scoring.baselines import Encoder, bm25_scores
+from trackstar.scoring.probability import stored_probabilities
 
 from examples.assets import MINILM, unpacked
 from experiments import corpus

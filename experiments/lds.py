@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from trackstar.evaluation import estimate
+from trackstar.evaluation.metrics import estimate
 
 from benchmarks.peers_environment import ENVIRONMENT
 from experiments.retraining import Run, answers_of, by_kind, half_subsets, kept_runs

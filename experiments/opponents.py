@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from trackstar.attribution import whiten
-from trackstar.terms import block_terms, token_terms
+from trackstar.scoring.attribution import whiten
+from trackstar.scoring.terms import block_terms, token_terms
 
 from experiments import corpus
 from experiments.ladder import TRACKSTAR, scored

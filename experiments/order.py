@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import trackstar
 from trackstar.curvature import choose_mixing
-from trackstar.evaluation import LEVEL, RESAMPLES, Estimate, estimate
-from trackstar.patching import tail_patch
+from trackstar.evaluation.metrics import LEVEL, RESAMPLES, Estimate, estimate
+from trackstar.evaluation.tail_patch import tail_patch
 
 from experiments import corpus
 from experiments.corpus import Fact

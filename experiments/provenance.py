@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import functional
-from trackstar.examples import IGNORED, length_batches
+from trackstar.gradients.examples import IGNORED, length_batches
 
 from examples.assets import SMOLLM2, converted, unpacked
 from experiments import corpus

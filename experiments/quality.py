@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from trackstar.evaluation import Estimate, best_ranks, estimate, evaluate
+from trackstar.evaluation.metrics import Estimate, best_ranks, estimate, evaluate
 
 Questions = Sequence[Mapping[str, Any]]
 Ranking = Sequence[Sequence[str]]

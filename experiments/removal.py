@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import torch
-from trackstar.evaluation import estimate
+from trackstar.evaluation.metrics import estimate
 
 from experiments.retraining import Run, answers_of, by_kind, kept_runs
 from experiments.scores import ranking

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from trackstar.examples import Encoded, EncodedQuery
+from trackstar.gradients.examples import Encoded, EncodedQuery
 from trackstar.progress import track
 
 from experiments.small_model import Setup, Texts, measure, train

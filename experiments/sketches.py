@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import trackstar
-from trackstar.collector import GradientCollector
-from trackstar.examples import Encoded, encode_examples, encode_queries
-from trackstar.lean import LeanPass
-from trackstar.passes import BATCH_TOKENS
+from trackstar.gradients.collector import GradientCollector
+from trackstar.gradients.examples import Encoded, encode_examples, encode_queries
+from trackstar.gradients.lean import LeanPass
+from trackstar.gradients.passes import BATCH_TOKENS
 from trackstar.progress import track
 
 from experiments import corpus

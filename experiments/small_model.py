@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from trackstar.examples import IGNORED, Encoded, EncodedQuery, encode_examples, encode_queries
+from trackstar.gradients.examples import IGNORED, Encoded, EncodedQuery, encode_examples, encode_queries
 
 from examples.assets import FACTBOOK, unpacked
 from examples.corpus import Passage, factbook_passages

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 import trackstar
-from trackstar.baselines import bm25_scores
 from trackstar.ekfac import fit_factors
 from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.scoring import scores_of, thin_queries
-from trackstar.lean import LeanPass
-from trackstar.probability import mean_probabilities
+from trackstar.gradients.lean import LeanPass
+from trackstar.scoring.baselines import bm25_scores
+from trackstar.scoring.probability import mean_probabilities
 
 from experiments.scores import automatic_mixing, scores
 from experiments.small_model import WIDTH, Setup, Texts, train

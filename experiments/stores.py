@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import trackstar
-from trackstar.attribution import query_rows
-from trackstar.examples import encode_queries
+from trackstar.gradients.examples import encode_queries
+from trackstar.scoring.attribution import query_rows
 
 from experiments import corpus
 from experiments.provenance import checkpoint, load_model, optimizer_file

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import trackstar
-from trackstar.attribution import score_rows
 from trackstar.curvature import DAMPING
+from trackstar.scoring.attribution import score_rows
 
 from experiments.provenance import questions
 from experiments.quality import Ranking, difference, measured, mrr

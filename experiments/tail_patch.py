@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from trackstar.evaluation import estimate
-from trackstar.patching import TailPatch, tail_patch
+from trackstar.evaluation.metrics import estimate
+from trackstar.evaluation.tail_patch import TailPatch, tail_patch
 
 from experiments import corpus
 from experiments.ladder import TRACKSTAR, scored

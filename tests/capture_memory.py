@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 import transformers
 from trackstar import GradientCollector, SketchSpec
-from trackstar.correction import Correction
-from trackstar.examples import encode_examples
-from trackstar.lean import LeanPass
-from trackstar.modules import select_weights
-from trackstar.tap import GradientTap
+from trackstar.gradients.examples import encode_examples
+from trackstar.gradients.lean import LeanPass
+from trackstar.gradients.modules import select_weights
+from trackstar.gradients.tap import GradientTap
+from trackstar.optimizer.correction import Correction
 
 HIDDEN, WIDE, EXAMPLES, LENGTH = 256, 1024, 128, 16
 

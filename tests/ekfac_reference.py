@@ -2,7 +2,7 @@
 
 import torch
 from trackstar.ekfac.sampling import coins_of, draw
-from trackstar.examples import IGNORED
+from trackstar.gradients.examples import IGNORED
 
 
 def labels_of(example, logits=None, seed=0, index=0):

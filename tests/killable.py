@@ -11,9 +11,9 @@ import torch
 import trackstar
 from conftest import make_examples, make_llama
 from trackstar import SketchSpec
-from trackstar.build import build_store
-from trackstar.manifest import Manifest
-from trackstar.writer import writing
+from trackstar.storage.build import build_store
+from trackstar.storage.manifest import Manifest
+from trackstar.storage.writer import writing
 
 SPEC = SketchSpec(sketch=4)
 LENGTHS = (5, 9, 17, 3, 30, 2, 12, 1, 0)

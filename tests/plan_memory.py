@@ -13,11 +13,11 @@ from capture_memory import peak
 from scan_memory import resident
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trackstar import SketchSpec, attribute, build_store
-from trackstar.examples import encode_examples
-from trackstar.heap import give_back_large_blocks
-from trackstar.needs import Corpus, Question
-from trackstar.plan import planned_job
-from trackstar.rates import GPUS
+from trackstar.gradients.examples import encode_examples
+from trackstar.gradients.heap import give_back_large_blocks
+from trackstar.planning.needs import Corpus, Question
+from trackstar.planning.plan import planned_job
+from trackstar.planning.rates import GPUS
 
 TINY = transformers.LlamaConfig(
     vocab_size=64,

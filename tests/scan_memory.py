@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from capture_memory import peak
 from synthetic import make_store
-from trackstar.scan import plan_scan
-from trackstar.selection import select
-from trackstar.store import open_store
+from trackstar.scoring.scan import plan_scan
+from trackstar.scoring.selection import select
+from trackstar.storage.store import open_store
 
 BLOCKS, SIZE, SHARD_ROWS, SHARDS = 64, 64, 4000, 5
 MEMORY = 26_000_000

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 from trackstar.curvature import estimate_curvature
-from trackstar.examples import Encoded
-from trackstar.manifest import Manifest
-from trackstar.shard import StoredRows, write_shard
-from trackstar.spec import SketchSpec
-from trackstar.store import open_store
-from trackstar.writer import making
-from trackstar.writing import write_curvature
+from trackstar.gradients.examples import Encoded
+from trackstar.gradients.spec import SketchSpec
+from trackstar.storage.manifest import Manifest
+from trackstar.storage.shard import StoredRows, write_shard
+from trackstar.storage.store import open_store
+from trackstar.storage.writer import making
+from trackstar.storage.writing import write_curvature
 
 
 def make_store(

@@ -7,10 +7,10 @@ import trackstar
 from conftest import files_below, make_examples, make_llama
 from rich.console import Console
 from trackstar import SketchSpec, StoreError, attribute, build_store, open_store
-from trackstar.attribution import query_rows, score_rows
-from trackstar.examples import encode_queries
-from trackstar.report import largest_terms, mark, query_words, shorten
-from trackstar.second_moments import SecondMoments
+from trackstar.gradients.examples import encode_queries
+from trackstar.optimizer.second_moments import SecondMoments
+from trackstar.scoring.attribution import query_rows, score_rows
+from trackstar.scoring.report import largest_terms, mark, query_words, shorten
 
 SPEC = SketchSpec(sketch=4)
 MIXINGS = (0, 0.5, 0.9, 0.99)
@@ -230,7 +230,7 @@ def test_results_are_written_whole_or_not_at_all(made, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trackstar.store.Store.text", interrupt)
+    monkeypatch.setattr("trackstar.storage.store.Store.text", interrupt)
     with pytest.raises(KeyboardInterrupt):
         result.to_jsonl(tmp_path / "out.jsonl")
     assert files_below(tmp_path) == {"out.jsonl": b"what was there"}
@@ -314,7 +314,7 @@ def test_nan_weights_are_named(made):
 
 
 def test_an_incomplete_store_is_refused(made, tmp_path):
-    from trackstar.manifest import Manifest
+    from trackstar.storage.manifest import Manifest
 
     model, _, _, store = made
     manifest = Manifest.read(store.path)

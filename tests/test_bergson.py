@@ -7,8 +7,8 @@ import pytest
 import torch
 import trackstar
 from trackstar import StoreError, import_bergson, open_store, rows_from_bergson
-from trackstar.attribution import score_rows
 from trackstar.curvature import estimate_curvature
+from trackstar.scoring.attribution import score_rows
 
 MODULES = {
     "model.layers.0.attn.q_proj": 16,

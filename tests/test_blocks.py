@@ -9,7 +9,7 @@ from conftest import FAMILIES, explicit_rows, make_examples, make_llama, relativ
 from hypothesis import given
 from hypothesis import strategies as st
 from trackstar import SketchSpec
-from trackstar.blocks import group_weights, is_attention, number_blocks
+from trackstar.gradients.blocks import group_weights, is_attention, number_blocks
 
 
 def names_of(layers, *, outside=False):
@@ -119,7 +119,7 @@ def test_bad_groupings(llama, blocks, message):
 
 
 def test_the_command_line_reads_a_grouping(tmp_path):
-    from trackstar.cli_options import SketchKind, make_spec
+    from trackstar.commands.options import SketchKind, make_spec
 
     file = tmp_path / "blocks.json"
     file.write_text(json.dumps(OWN))

@@ -8,7 +8,7 @@ import trackstar
 from conftest import VOCABULARY, files_below, make_examples, make_llama, relative_error
 from trackstar import SecondMoments, SketchSpec, StoreError
 from trackstar.curvature import rotation
-from trackstar.plan import plan_build
+from trackstar.planning.plan import plan_build
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -314,7 +314,7 @@ def test_the_plan_knows_the_disk(tmp_path, llama, correction, coding):
         return plans[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trackstar.build.plan_build", remember)
+        patch.setattr("trackstar.storage.build.plan_build", remember)
         trackstar.build_store(
             tmp_path, llama, examples, spec=SketchSpec(sketch=8), correction=chosen, **coding
         )
@@ -327,7 +327,7 @@ def test_the_plan_knows_the_disk(tmp_path, llama, correction, coding):
 
 
 def test_the_plan_counts_what_is_left(tmp_path, llama, monkeypatch):
-    from trackstar import build
+    from trackstar.storage import build
 
     left = []
 

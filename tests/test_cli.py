@@ -11,9 +11,9 @@ from conftest import make_llama
 from test_optimizer_states import a_safetensors_file, a_sharded_state, a_trainer_folder, adam
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trackstar.cli import app, main
-from trackstar.cli_options import MethodName, Output
-from trackstar.losses import LOSSES
-from trackstar.methods import METHODS, READERS
+from trackstar.commands.options import MethodName, Output
+from trackstar.gradients.losses import LOSSES
+from trackstar.scoring.methods import METHODS, READERS
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 

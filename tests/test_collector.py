@@ -5,7 +5,7 @@ from conftest import explicit_rows, make_examples, make_llama, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trackstar import GradientCollector, SketchSpec
-from trackstar.second_moments import SecondMoments
+from trackstar.optimizer.second_moments import SecondMoments
 
 from trackstar_kernels.sketch import KINDS
 

@@ -14,8 +14,8 @@ from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.inverse import DampedInverse, low_rank
 from trackstar.ekfac.sampling import LEVELS, coins_of, draw, sampled_nll
 from trackstar.ekfac.scoring import scores_of, terms_of, thin_queries, whole_query
-from trackstar.examples import EncodedQuery, encode_examples, encode_queries
-from trackstar.modules import select_weights
+from trackstar.gradients.examples import EncodedQuery, encode_examples, encode_queries
+from trackstar.gradients.modules import select_weights
 from transformers.modeling_outputs import CausalLMOutput
 
 pytestmark = pytest.mark.usefixtures("unsynced")

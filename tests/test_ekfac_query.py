@@ -9,7 +9,7 @@ from conftest import make_examples
 from trackstar.ekfac import fit_factors, influence
 from trackstar.ekfac import query as query_module
 from trackstar.ekfac.prefilter import candidates_of
-from trackstar.examples import encode_examples
+from trackstar.gradients.examples import encode_examples
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from trackstar.cli import app
-from trackstar.evaluation import best_ranks, estimate, evaluate, ids_in
+from trackstar.evaluation.metrics import best_ranks, estimate, evaluate, ids_in
 from typer.testing import CliRunner
 
 QUERIES = [

@@ -10,7 +10,7 @@ import torch
 from conftest import files_below
 from synthetic import make_store
 from trackstar import Result, delete_rows, export_rows, read_jsonl_results
-from trackstar.viewer import Passages
+from trackstar.exchange.viewer import Passages
 from typer.testing import CliRunner
 
 
@@ -29,7 +29,7 @@ def store(tmp_path):
 @pytest.mark.parametrize("batch", [1, 4 * 3 * 16 * 3, 1 << 20])
 def test_rows_come_back(store, tmp_path, dtype, suffix, batch, monkeypatch):
     """From batches of one row, of three, and of whole shards."""
-    monkeypatch.setattr("trackstar.export.BATCH", batch)
+    monkeypatch.setattr("trackstar.exchange.export.BATCH", batch)
     path = tmp_path / "new" / f"rows{suffix}"
     assert export_rows(store, path, dtype=dtype) == 10
     kept = [i for i in range(12) if i not in (2, 9)]
@@ -61,7 +61,7 @@ def test_an_export_that_fails_leaves_what_was_there(store, tmp_path, monkeypatch
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trackstar.store.Store.text", interrupt)
+    monkeypatch.setattr("trackstar.storage.store.Store.text", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_rows(store, path)
     assert files_below(path.parent) == {"rows.parquet": b"what was there"}

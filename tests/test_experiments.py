@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import VOCABULARY
 from synthetic import make_store
-from trackstar.attribution import score_rows
 from trackstar.curvature import choose_mixing
+from trackstar.scoring.attribution import score_rows
 
 from experiments.corpus import Fact, _mentioning, _wordnet_facts, load
 from experiments.document import Document

@@ -6,13 +6,14 @@ import trackstar
 import transformers
 from conftest import FAMILIES, SIZES, VOCABULARY, explicit_rows, make_examples, make_llama, relative_error
 from torch import nn
-from trackstar import GradientCollector, SketchSpec, lean
-from trackstar.examples import encode_examples
-from trackstar.lean import LeanPass
-from trackstar.losses import LOSSES
-from trackstar.modules import select_weights
-from trackstar.second_moments import SecondMoments
-from trackstar.tap import GradientTap
+from trackstar import GradientCollector, SketchSpec
+from trackstar.gradients import lean
+from trackstar.gradients.examples import encode_examples
+from trackstar.gradients.lean import LeanPass
+from trackstar.gradients.losses import LOSSES
+from trackstar.gradients.modules import select_weights
+from trackstar.gradients.tap import GradientTap
+from trackstar.optimizer.second_moments import SecondMoments
 
 TOLERANCE = 2e-4
 LENGTHS = (5, 9, 17, 3, 30, 2, 12, 9)

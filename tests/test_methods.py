@@ -14,11 +14,11 @@ from conftest import make_examples, make_llama
 from test_attribute import dense_scores, make_queries
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trackstar import SketchSpec, StoreError, attribute, build_store, companion_store, open_store, tracin
-from trackstar.attribution import query_rows
 from trackstar.ekfac import fit_factors, influence
-from trackstar.examples import encode_queries
-from trackstar.methods import GRADIENTS, METHODS, READERS
-from trackstar.second_moments import SecondMoments
+from trackstar.gradients.examples import encode_queries
+from trackstar.optimizer.second_moments import SecondMoments
+from trackstar.scoring.attribution import query_rows
+from trackstar.scoring.methods import GRADIENTS, METHODS, READERS
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 

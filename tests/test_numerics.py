@@ -6,10 +6,10 @@ import trackstar
 from conftest import explicit_rows, make_examples, make_llama, relative_error
 from test_families import make
 from trackstar import GradientCollector, SketchSpec
-from trackstar.examples import encode_examples
-from trackstar.lean import LeanPass
-from trackstar.numerics import check_numerics
-from trackstar.tap import GradientTap
+from trackstar.gradients.examples import encode_examples
+from trackstar.gradients.lean import LeanPass
+from trackstar.gradients.numerics import check_numerics
+from trackstar.gradients.tap import GradientTap
 
 LENGTHS = (5, 9, 17, 3, 30)
 

@@ -16,9 +16,9 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from trackstar import SecondMoments, SketchSpec
-from trackstar.modules import select_weights
-from trackstar.optimizer_files import QUANTIZED
-from trackstar.weights import is_conv1d
+from trackstar.gradients.modules import select_weights
+from trackstar.gradients.weights import is_conv1d
+from trackstar.optimizer.files import QUANTIZED
 
 UP = "model.layers.1.mlp.up_proj"
 STEPS = 3

@@ -13,15 +13,15 @@ from test_lean import make_odd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from trackstar import SketchSpec, build_store
-from trackstar.dry_run import MemoryMeter, dry_run
-from trackstar.examples import encode_examples
-from trackstar.lean import LeanPass
-from trackstar.modules import select_weights
-from trackstar.needs import Corpus, Question
-from trackstar.plan import amount, describe, duration, planned_job
-from trackstar.rates import GPUS, measured_rates
-from trackstar.second_moments import SecondMoments
-from trackstar.tap import GradientTap
+from trackstar.gradients.examples import encode_examples
+from trackstar.gradients.lean import LeanPass
+from trackstar.gradients.modules import select_weights
+from trackstar.gradients.tap import GradientTap
+from trackstar.optimizer.second_moments import SecondMoments
+from trackstar.planning.dry_run import MemoryMeter, dry_run
+from trackstar.planning.needs import Corpus, Question
+from trackstar.planning.plan import amount, describe, duration, planned_job
+from trackstar.planning.rates import GPUS, measured_rates
 
 OPTIONS = {"dtype": "float16", "wide": None, "correction": "none", "rank": 1, "sample": 10_000}
 QUESTION = Question(100, 32, 10, 256_000_000)

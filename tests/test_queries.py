@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import VOCABULARY, make_examples, make_llama, project, relative_error
 from trackstar import SketchSpec, attribute, build_store
-from trackstar.attribution import query_rows
 from trackstar.ekfac import fit_factors, influence
-from trackstar.examples import IGNORED, encode_queries
-from trackstar.losses import LOSSES, VALUES
+from trackstar.gradients.examples import IGNORED, encode_queries
+from trackstar.gradients.losses import LOSSES, VALUES
+from trackstar.scoring.attribution import query_rows
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -94,8 +94,8 @@ def gradients_of(model, said, unsaid, output):
 def test_rows_are_the_gradient_of_the_querys_function(made, output, chunked, monkeypatch):
     model, _, store = made
     if not chunked:
-        monkeypatch.setattr("trackstar.lean.LeanPass._find_decoder", lambda self: None)
-        monkeypatch.setattr("trackstar.lean.LeanPass._find_longest_packed", lambda self: 0)
+        monkeypatch.setattr("trackstar.gradients.lean.LeanPass._find_decoder", lambda self: None)
+        monkeypatch.setattr("trackstar.gradients.lean.LeanPass._find_longest_packed", lambda self: 0)
     rows = query_rows(store, model, encode_queries([q for q, _, _ in QUERIES], Tokenizer()), output=output)
     wanted = torch.zeros(len(QUERIES), *rows.shape[1:], dtype=torch.float64)
     weights, block_of = store.spec.weights(model), store.spec.block_of(model)

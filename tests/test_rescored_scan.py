@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_store
 from trackstar import StoreError, open_store
-from trackstar.attribution import score_rows
-from trackstar.deletion import delete_rows
-from trackstar.scan import plan_scan
-from trackstar.selection import select
+from trackstar.scoring.attribution import score_rows
+from trackstar.scoring.scan import plan_scan
+from trackstar.scoring.selection import select
+from trackstar.storage.deletion import delete_rows
 
 from trackstar_kernels import mixed_topk
 
@@ -97,7 +97,7 @@ def test_whatever_the_pieces_and_batches(stores, queries, dtype, kept, piece_row
         batches = [range(cut), range(cut, len(queries))]
         planned = dataclasses.replace(planned, piece_rows=piece_rows, batches=batches)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("trackstar.pieces.LONG_RUN", long_run)
+            patch.setattr("trackstar.scoring.pieces.LONG_RUN", long_run)
             results.append(planned.run(queries, mixing))
     for one, other in zip(*results, strict=True):
         assert_same(one, other)
@@ -136,7 +136,7 @@ def test_few_rows_are_scored_again_where_codes_tell_them_apart(long_rows, mixing
 
 def test_codes_that_rule_out_too_little_are_left_alone(stores, queries, monkeypatch):
     """Sign's: most pieces come from the wider rows alone, and all rows are counted."""
-    from trackstar import pieces
+    from trackstar.scoring import pieces
 
     forms = []
     piece = pieces.Piece

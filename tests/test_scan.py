@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_store
 from trackstar import StoreError, open_store
-from trackstar.deletion import delete_rows
-from trackstar.scan import MEMORY, plan_scan
-from trackstar.selection import Selection, select, shards_of
+from trackstar.scoring.scan import MEMORY, plan_scan
+from trackstar.scoring.selection import Selection, select, shards_of
+from trackstar.storage.deletion import delete_rows
 
 from trackstar_kernels import mixed_topk
 from trackstar_kernels.scoring import merge_topk
@@ -76,7 +76,7 @@ def test_the_answer_is_that_of_the_chosen_rows(store, queries, mask, piece_rows,
     batches = [range(a, b) for a, b in itertools.pairwise(bounds)]
     scan = dataclasses.replace(scan, piece_rows=piece_rows, batches=batches)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trackstar.pieces.LONG_RUN", long_run)
+        patch.setattr("trackstar.scoring.pieces.LONG_RUN", long_run)
         found = scan.run(queries, mixing)
     for direction, one in zip((True, False), found, strict=True):
         assert_same(one, whole(store, queries, k, mixing, rows, direction))
@@ -140,7 +140,7 @@ def test_an_interrupted_scan_leaves_no_thread(store, queries, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trackstar.scan._Best.add", interrupt)
+    monkeypatch.setattr("trackstar.scoring.scan._Best.add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         plan_scan(store, select(store), len(queries), 3).run(queries, 0.5)
     assert not reading()

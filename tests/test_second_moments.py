@@ -2,10 +2,11 @@ import pytest
 import torch
 from conftest import make_examples
 from torch import nn
-from trackstar import SecondMoments, fingerprint
-from trackstar.correction import Correction, fit_rank
-from trackstar.modules import select_weights
-from trackstar.weights import is_conv1d
+from trackstar import SecondMoments
+from trackstar.gradients.modules import select_weights
+from trackstar.gradients.weights import is_conv1d
+from trackstar.optimizer.correction import Correction, fit_rank
+from trackstar.storage import fingerprint
 
 
 def test_estimate_is_the_mean_of_squared_gradients(model):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import make_store
 from trackstar import open_store
-from trackstar.deletion import delete_rows
-from trackstar.selection import Selection, matching, select, shards_of
+from trackstar.scoring.selection import Selection, matching, select, shards_of
+from trackstar.storage.deletion import delete_rows
 
 masks = st.lists(st.booleans(), max_size=12).map(lambda bits: np.array(bits, bool))
 

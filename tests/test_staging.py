@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from trackstar import scan
+from trackstar.scoring import scan
 
 from trackstar_kernels.scoring._staging import CudaLink, staged
 

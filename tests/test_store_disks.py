@@ -23,7 +23,7 @@ from killable import (
     tiny_model,
     versions,
 )
-from trackstar.attribution import attribute
+from trackstar.scoring.attribution import attribute
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 

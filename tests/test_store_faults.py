@@ -20,16 +20,16 @@ import trackstar
 from conftest import files_below
 from killable import LENGTHS, SHARD_ROWS, SPEC, build_to_death, finish, start, tiny_build, tiny_model
 from trackstar import StoreError, verify_store
-from trackstar.attribution import attribute, score_rows
 from trackstar.cli import main
 from trackstar.curvature import Curvature
-from trackstar.examples import Encoded
-from trackstar.layout import Layout
-from trackstar.manifest import Manifest
-from trackstar.second_moments import SecondMoments
-from trackstar.shard import StoredRows, write_shard
-from trackstar.writer import making
-from trackstar.writing import write_curvature
+from trackstar.gradients.examples import Encoded
+from trackstar.optimizer.second_moments import SecondMoments
+from trackstar.scoring.attribution import attribute, score_rows
+from trackstar.storage.layout import Layout
+from trackstar.storage.manifest import Manifest
+from trackstar.storage.shard import StoredRows, write_shard
+from trackstar.storage.writer import making
+from trackstar.storage.writing import write_curvature
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -232,7 +232,7 @@ def test_damage_is_named_and_nothing_served_from_it(store, monkeypatch, capsys, 
     ],
 )
 def test_damaged_lists(tmp_path, monkeypatch, name, damage):
-    monkeypatch.setattr("trackstar.index.SEGMENT", 2)
+    monkeypatch.setattr("trackstar.storage.index.SEGMENT", 2)
     tiny_build(tmp_path)
     for rows in ([5], [4, 7]):
         trackstar.delete_rows(tmp_path, rows)

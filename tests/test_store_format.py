@@ -12,16 +12,16 @@ import xxhash
 from conftest import files_below
 from trackstar import SketchSpec, StoreError
 from trackstar.curvature import Curvature, rotation
-from trackstar.deletion import commit_deletions
-from trackstar.examples import Encoded
-from trackstar.index import ShardIndex, with_shard, without_unfinished
-from trackstar.layout import CODES, Layout, narrowest, row_stride
-from trackstar.manifest import SEGMENT, Manifest, ShardRecord
-from trackstar.sealed import Seal
-from trackstar.shard import StoredRows, write_shard
-from trackstar.store import Store, open_store
-from trackstar.writer import making
-from trackstar.writing import write_curvature
+from trackstar.gradients.examples import Encoded
+from trackstar.storage.deletion import commit_deletions
+from trackstar.storage.index import ShardIndex, with_shard, without_unfinished
+from trackstar.storage.layout import CODES, Layout, narrowest, row_stride
+from trackstar.storage.manifest import SEGMENT, Manifest, ShardRecord
+from trackstar.storage.sealed import Seal
+from trackstar.storage.shard import StoredRows, write_shard
+from trackstar.storage.store import Store, open_store
+from trackstar.storage.writer import making
+from trackstar.storage.writing import write_curvature
 
 from trackstar_kernels import encode_rows
 
@@ -187,7 +187,7 @@ class Page:
 
 @pytest.mark.parametrize(("dtype", "wide"), CODINGS)
 def test_the_page_is_enough_to_read_a_store(tmp_path, monkeypatch, dtype, wide):
-    monkeypatch.setattr("trackstar.index.SEGMENT", 2)
+    monkeypatch.setattr("trackstar.storage.index.SEGMENT", 2)
     store = golden_store(tmp_path, dtype, wide)
     page = Page(tmp_path)
     assert len(page.content["segments"]) == 1

@@ -16,8 +16,8 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from killable import SPEC, documents, tiny_model
 from trackstar import SecondMoments, StoreError
-from trackstar.attribution import score_rows
-from trackstar.manifest import Manifest
+from trackstar.scoring.attribution import score_rows
+from trackstar.storage.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -32,7 +32,7 @@ def sound(tmp_path_factory):
     path = tmp_path_factory.mktemp("sound") / "store"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
-        patch.setattr("trackstar.index.SEGMENT", 2)
+        patch.setattr("trackstar.storage.index.SEGMENT", 2)
         correction = SecondMoments.estimate(tiny_model(), documents(2, 3)).correction("rank")
         arguments = {
             "spec": SPEC,
@@ -120,7 +120,7 @@ VALUES = st.recursive(
 
 
 def test_the_sound_store_is_one(sound, monkeypatch):
-    monkeypatch.setattr("trackstar.index.SEGMENT", 2)
+    monkeypatch.setattr("trackstar.storage.index.SEGMENT", 2)
     assert survives(sound)
     manifest = Manifest.read(sound)
     assert manifest.segments
@@ -153,7 +153,7 @@ def test_a_manifest_of_brackets(tmp_path, depth):
 @FUZZ
 @given(data=st.data())
 def test_a_manifest_of_which_one_value_is_another(sound, monkeypatch, data):
-    monkeypatch.setattr("trackstar.index.SEGMENT", 2)
+    monkeypatch.setattr("trackstar.storage.index.SEGMENT", 2)
     original = (sound / "manifest.json").read_bytes()
     content = json.loads(original)["content"]
     where = data.draw(st.sampled_from([path for path in nodes(content) if path]))

@@ -147,7 +147,7 @@ def test_readers_see_one_version_while_a_writer_works(tmp_path, prepared, done, 
     queries = torch.randn(2, *early.row_shape, generator=torch.Generator().manual_seed(0))
 
     def answers(store):
-        from trackstar.attribution import score_rows
+        from trackstar.scoring.attribution import score_rows
 
         scores, indices, _ = score_rows(store, queries, k=4, mixing=0.5)
         return len(store), store.end, store.rows(0, store.end), scores, indices

@@ -10,7 +10,7 @@ import trackstar
 from conftest import files_below, make_examples, make_llama
 from killable import SPEC, tiny_model
 from trackstar import SketchSpec, StoreError
-from trackstar.attribution import score_rows
+from trackstar.scoring.attribution import score_rows
 
 LENGTHS = (5, 9, 17, 3, 30, 2, 12, 8, 21, 6, 40)
 EXAMPLES = [
@@ -92,7 +92,7 @@ class TestAppend:
         assert files_below(tmp_path) == before
 
     def test_an_interrupted_append(self, tmp_path, monkeypatch):
-        from trackstar import append
+        from trackstar.storage import append
 
         build(tmp_path, EXAMPLES[:5])
         rows_of, calls = append.rows_of, []
@@ -438,7 +438,7 @@ class TestVerify:
 
 @pytest.mark.parametrize("work", ["append", "delete", "merge", "reencode", "rewhiten"])
 def test_an_incomplete_store_is_refused(tmp_path, work, monkeypatch):
-    from trackstar import build as module
+    from trackstar.storage import build as module
 
     def stop(*arguments, **options):
         raise KeyboardInterrupt
@@ -467,7 +467,7 @@ def test_not_enough_disk_is_said_before_anything_is_written(tmp_path, monkeypatc
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     if work == "merge":
         # Shards on another disk are copied.
-        monkeypatch.setattr("trackstar.merge._bytes_to_copy", lambda *arguments: 1 << 20)
+        monkeypatch.setattr("trackstar.storage.merge._bytes_to_copy", lambda *arguments: 1 << 20)
     call = {
         "append": lambda: trackstar.append_store(path, tiny_model(), EXAMPLES[7:]),
         "merge": lambda: trackstar.merge_stores(out, [path]),

@@ -5,10 +5,10 @@ import pytest
 import torch
 import trackstar
 from conftest import VOCABULARY, make_llama
-from trackstar.collector import GradientCollector
 from trackstar.curvature import choose_mixing
-from trackstar.examples import encode_examples
-from trackstar.lean import LeanPass
+from trackstar.gradients.collector import GradientCollector
+from trackstar.gradients.examples import encode_examples
+from trackstar.gradients.lean import LeanPass
 
 from experiments.scores import automatic_mixing
 from experiments.sketches import _mapped, _write

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_examples, make_llama
 from trackstar import TailPatch, tail_patch
-from trackstar.adam_step import AdamStep
 from trackstar.cli import app
+from trackstar.evaluation.adam_step import AdamStep
 from typer.testing import CliRunner
 
 
@@ -99,7 +99,7 @@ def test_parameter_is_stepped_piece_by_piece(monkeypatch):
     fresh, stepper = copied(model, saved)
     for network in (model, fresh):
         loss_of(network, PASSAGES[0]).backward()
-    monkeypatch.setattr("trackstar.adam_step.PIECE", 100)
+    monkeypatch.setattr("trackstar.evaluation.adam_step.PIECE", 100)
     AdamStep(model, saved.state_dict()).take()
     stepper.step()
     for (name, got), wanted in zip(model.named_parameters(), fresh.parameters(), strict=True):

@@ -6,8 +6,8 @@ import trackstar
 import transformers
 from conftest import SIZES, explicit_rows, make_examples, make_gpt2, make_llama
 from trackstar import SketchSpec, attribute, build_store
-from trackstar.second_moments import SecondMoments
-from trackstar.terms import block_terms
+from trackstar.optimizer.second_moments import SecondMoments
+from trackstar.scoring.terms import block_terms
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -96,7 +96,7 @@ def rows_of(model, examples, store):
 def test_block_terms_equal_dense_float64_and_sum_to_the_score(made, mixing, count, largest, monkeypatch):
     """More queries (20) than a block has dimensions (9) included; the store's rows read three at a time."""
     model, examples, _, store = made
-    monkeypatch.setattr("trackstar.terms.ROW_BYTES", 3 * 4 * 14 * 9)
+    monkeypatch.setattr("trackstar.scoring.terms.ROW_BYTES", 3 * 4 * 14 * 9)
     queries = make_queries(count)
     result = attribute(store, model, queries, k=5, mixing=mixing, largest=largest, by_block=True)
     terms, _, _ = dense_terms(rows_of(model, examples, store), rows_of(model, queries, store), mixing)
@@ -108,7 +108,7 @@ def test_block_terms_equal_dense_float64_and_sum_to_the_score(made, mixing, coun
 
 
 def test_only_the_rows_found_are_read(made, monkeypatch):
-    from trackstar.shard import Shard
+    from trackstar.storage.shard import Shard
 
     model, _, _, store = made
     result = attribute(store, model, make_queries(2), k=2, mixing=0.5)

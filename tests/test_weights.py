@@ -9,9 +9,9 @@ from test_families import make
 from torch import nn
 from torch.nn import functional
 from trackstar import GradientCollector, SketchSpec
-from trackstar.examples import encode_examples
-from trackstar.lean import LeanPass
-from trackstar.second_moments import SecondMoments
+from trackstar.gradients.examples import encode_examples
+from trackstar.gradients.lean import LeanPass
+from trackstar.optimizer.second_moments import SecondMoments
 from transformers.optimization import Adafactor
 
 TOLERANCE = 2e-4

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from trackstar import cli_evaluate, cli_exchange, cli_factors, cli_plan, cli_stores, cli_tail_patch
-from trackstar.cli_options import (
+from trackstar.commands import evaluate, exchange, factors, plan, stores, tail_patch
+from trackstar.commands.options import (
     AlsoOption,
     BlocksOption,
     CorrectionKind,
@@ -67,7 +67,7 @@ def build(
     output: Annotated[Output, typer.Option(help="What a row is the gradient of.")] = Output.loss,
 ) -> None:
     """Encode a corpus into a store, once; every later query is one scan of it."""
-    from trackstar.build import build_store
+    from trackstar.storage.build import build_store
 
     spec = make_spec(sketch, blocks, kind, seed, modules, also)
     examples = read_jsonl(data, "--data")
@@ -180,12 +180,12 @@ def query(
     first, end = parse_range(rows, "--rows")
     conditions = [parse_condition(condition, "--where") for condition in where or []]
 
-    from trackstar.attribution import attribute
-    from trackstar.checkpoints import tracin
-    from trackstar.companion import companion_store
-    from trackstar.report import print_result
-    from trackstar.selection import matching, select
-    from trackstar.store import open_store
+    from trackstar.scoring.attribution import attribute
+    from trackstar.scoring.checkpoints import tracin
+    from trackstar.scoring.companion import companion_store
+    from trackstar.scoring.report import print_result
+    from trackstar.scoring.selection import matching, select
+    from trackstar.storage.store import open_store
 
     opened = open_store(store)
     chosen = select(
@@ -252,7 +252,7 @@ def info(
     ] = False,
 ) -> None:
     """Describe a store."""
-    from trackstar.store import open_store
+    from trackstar.storage.store import open_store
 
     opened = open_store(store)
     typer.echo(f"{opened}")
@@ -265,12 +265,12 @@ def info(
 
 
 for command in (
-    cli_plan.plan,
-    cli_evaluate.evaluate,
-    cli_tail_patch.tail_patch,
-    *cli_stores.COMMANDS,
-    *cli_factors.COMMANDS,
-    *cli_exchange.COMMANDS,
+    plan.plan,
+    evaluate.evaluate,
+    tail_patch.tail_patch,
+    *stores.COMMANDS,
+    *factors.COMMANDS,
+    *exchange.COMMANDS,
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
 
@@ -285,8 +285,8 @@ def _correction(
     rank: int,
     estimate: int,
 ) -> Any:
+    from trackstar.optimizer.second_moments import SecondMoments
     from trackstar.progress import console
-    from trackstar.second_moments import SecondMoments
 
     if kind is CorrectionKind.none:
         if optimizer is not None:
@@ -305,7 +305,7 @@ def main() -> None:
     """Run a command: exit 0 on success, 2 on bad usage, 1 with one clear line otherwise."""
     import sys
 
-    from trackstar.heap import give_back_large_blocks
+    from trackstar.gradients.heap import give_back_large_blocks
 
     give_back_large_blocks()
     try:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from trackstar.curvature import Curvature
 from trackstar.progress import track
-from trackstar.store import Store
+from trackstar.storage.store import Store
 
 PRESENT = 1e-6
 """An eigenvalue below this part of a block's largest is the rounding of float32 products."""

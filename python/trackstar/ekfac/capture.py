@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from trackstar.examples import IGNORED, Encoded
-from trackstar.lean import Batch, LeanPass
-from trackstar.losses import Loss, nll
-from trackstar.modules import select_weights
-from trackstar.passes import BATCH_TOKENS
-from trackstar.tap import GradientTap
-from trackstar.weights import Use
+from trackstar.gradients.examples import IGNORED, Encoded
+from trackstar.gradients.lean import Batch, LeanPass
+from trackstar.gradients.losses import Loss, nll
+from trackstar.gradients.modules import select_weights
+from trackstar.gradients.passes import BATCH_TOKENS
+from trackstar.gradients.tap import GradientTap
+from trackstar.gradients.weights import Use
 
 
 @dataclasses.dataclass(frozen=True)

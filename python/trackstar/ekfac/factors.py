@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from trackstar.durable import naming, new_folder
 from trackstar.ekfac.record import NAME, Record
 from trackstar.errors import StoreError
-from trackstar.sealed import Seal, SealedFolder, seal
+from trackstar.storage.durable import naming, new_folder
+from trackstar.storage.sealed import Seal, SealedFolder, seal
 
 TENSORS = "tensors.safetensors"
 

@@ -18,19 +18,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from trackstar import fingerprint
-from trackstar.durable import make_folder, remove_folder
 from trackstar.ekfac.capture import OnTokens, TokenBatch, TokenCapture, reaching
 from trackstar.ekfac.factors import Factors, basis_name, open_factors, read_tensor, write_tensors
 from trackstar.ekfac.plan import plan_fit
 from trackstar.ekfac.record import NAME, Record
 from trackstar.ekfac.sampling import coins_of, sampled_nll
 from trackstar.errors import StoreError
-from trackstar.examples import Encoded, check_vocabulary, encode_examples
-from trackstar.passes import WINDOW, check_model, has_loss, position_limit, vocabulary_size
+from trackstar.gradients.examples import Encoded, check_vocabulary, encode_examples
+from trackstar.gradients.passes import WINDOW, check_model, has_loss, position_limit, vocabulary_size
 from trackstar.progress import console, track
-from trackstar.sealed import SealedFolder
-from trackstar.writer import first_difference, locked
+from trackstar.storage import fingerprint
+from trackstar.storage.durable import make_folder, remove_folder
+from trackstar.storage.sealed import SealedFolder
+from trackstar.storage.writer import first_difference, locked
 
 SAMPLE = 10_000
 """Examples that factors are fitted on, where there are more."""

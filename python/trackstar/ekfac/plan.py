@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from rich.filesize import decimal
 
-from trackstar.durable import require_disk
 from trackstar.ekfac.capture import TokenBatch, TokenCapture
-from trackstar.examples import Encoded
-from trackstar.modules import select_weights
-from trackstar.passes import BATCH_TOKENS, has_loss, vocabulary_size
+from trackstar.gradients.examples import Encoded
+from trackstar.gradients.modules import select_weights
+from trackstar.gradients.passes import BATCH_TOKENS, has_loss, vocabulary_size
+from trackstar.storage.durable import require_disk
 
 EIGENVECTORS = 50
 """Time of the eigenvectors of an n × n matrix in float64, in multiplications of a float32 product, over n³."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trackstar.examples import Encoded
+from trackstar.gradients.examples import Encoded
 
 
 def candidates_of(queries: Sequence[Encoded], examples: Sequence[Encoded], count: int) -> list[np.ndarray]:

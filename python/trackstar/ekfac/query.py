@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from trackstar import fingerprint
 from trackstar.ekfac.capture import TokenCapture
 from trackstar.ekfac.factors import Factors
 from trackstar.ekfac.inverse import DampedInverse
 from trackstar.ekfac.plan import plan_influence
 from trackstar.ekfac.prefilter import candidates_of
 from trackstar.ekfac.scoring import scores_of, terms_of, thin_queries, whole_query
-from trackstar.examples import (
+from trackstar.gradients.examples import (
     Encoded,
     EncodedQuery,
     check_queries,
@@ -24,10 +23,11 @@ from trackstar.examples import (
     encode_examples,
     encode_queries,
 )
-from trackstar.losses import output_function
-from trackstar.passes import WINDOW, check_model, position_limit, vocabulary_size
+from trackstar.gradients.losses import output_function
+from trackstar.gradients.passes import WINDOW, check_model, position_limit, vocabulary_size
 from trackstar.progress import console, track
-from trackstar.result import Examples, Result
+from trackstar.scoring.result import Examples, Result
+from trackstar.storage import fingerprint
 from trackstar_kernels.scoring import merge_topk
 
 CANDIDATES = 10_000
@@ -73,7 +73,7 @@ def influence(
         model: the model that the factors are of.
         examples: the training examples, {"text": …} or {"input_ids": …, "labels": … (optional)}, each with an optional
             "id"; they need not be those that the factors were fitted on.
-        queries: as :func:`trackstar.examples.encode_queries` takes them.
+        queries: as :func:`trackstar.gradients.examples.encode_queries` takes them.
         tokenizer: the model's, for texts.
         k: examples per query.
         rank: of the thin matrices, in each module.

@@ -7,9 +7,9 @@ from typing import Any
 
 import xxhash
 
-from trackstar.durable import replace_file
 from trackstar.errors import StoreError
-from trackstar.sealed import Seal
+from trackstar.storage.durable import replace_file
+from trackstar.storage.sealed import Seal
 
 FORMAT = 1
 NAME = "factors.json"

@@ -8,7 +8,7 @@ rounding of a half's share: a batch's make-up, which moves logits by their round
 import numpy as np
 import torch
 
-from trackstar.examples import IGNORED, Encoded
+from trackstar.gradients.examples import IGNORED, Encoded
 
 LEVELS = 24
 """Coins of a prediction, enough for 2²⁴ labels."""

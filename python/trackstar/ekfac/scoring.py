@@ -7,10 +7,10 @@ import torch
 
 from trackstar.ekfac.capture import OnTokens, TokenBatch, TokenCapture
 from trackstar.ekfac.inverse import DampedInverse
-from trackstar.examples import Encoded, EncodedQuery
-from trackstar.losses import output_function
-from trackstar.passes import has_loss
-from trackstar.queries import sequence_weights
+from trackstar.gradients.examples import Encoded, EncodedQuery
+from trackstar.gradients.losses import output_function
+from trackstar.gradients.passes import has_loss
+from trackstar.gradients.queries import sequence_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""From a model and its examples to rows: per-example gradients, projected while the model runs."""

@@ -1,0 +1,1 @@
+"""What the optimizer knew: second moments, from saved states or estimated, and the correction they make."""

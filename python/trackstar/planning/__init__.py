@@ -1,0 +1,1 @@
+"""What builds and queries need, said before they start."""

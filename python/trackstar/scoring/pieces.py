@@ -1,0 +1,134 @@
+"""A store's rows as a scan gets them: a bounded piece at a time, read ahead in another thread, let go behind.
+
+Rows stay in the memory map, nothing is copied but rows that lie scattered. The pages of a piece are brought into
+memory while the piece before it is scored, and given back as soon as it has been scored itself, so that a scan of a
+store of any size keeps two pieces. (The system's cache of the file is left alone: a second scan finds it warm.)
+
+Of rows that are kept twice, as codes and wider, a piece has either form. Beside codes the wider rows can be looked up;
+those pages are fetched by whoever touches them.
+"""
+
+import itertools
+import mmap
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from trackstar.scoring.selection import Selection, shards_of
+from trackstar.storage.shard import Shard
+from trackstar.storage.store import Store
+
+LONG_RUN = 4 << 20
+"""Bytes of consecutive rows that are worth a piece of their own; what is shorter is copied together."""
+
+READ_STEP = 16 * mmap.PAGESIZE
+"""Of so many bytes one is read to bring all into memory: the system maps that much around a page."""
+
+
+class Piece:
+    """Some rows of a shard, those that a scan wants out of ``first`` ≤ row < ``stop``.
+
+    Attributes:
+        rows: (n,) int64, ascending: their numbers in the store.
+        codes: (n, L, codes of a block), what the scoring ops take as rows; where the piece is wide, wider ones.
+        scales: (n, L) float32, or None.
+        squared_norms: (n, L) float32.
+        wide: whether ``codes`` are the wider copy.
+    """
+
+    def __init__(self, shard: Shard, rows: np.ndarray, wide: bool) -> None:
+        self._shard = shard
+        self._first, self._stop = int(rows[0]) - shard.start, int(rows[-1]) + 1 - shard.start
+        self._arrays = ["wide", "squared_norms"] if wide else ["rows", "scales", "squared_norms"]
+        self.rows = torch.from_numpy(rows)
+        self.wide = wide
+        self.consecutive = len(rows) == self._stop - self._first
+        where = slice(self._first, self._stop) if self.consecutive else self.rows - shard.start
+        codes, scales = (shard.wide, None) if wide else (shard.codes, shard.scales)
+        if codes is None:
+            raise shard.folder.error(f"{shard.folder.name} has no wider rows")
+        self.codes = codes[where]
+        self.scales = None if scales is None else scales[where]
+        self.squared_norms = shard.squared_norms[where]
+        if self.consecutive:
+            self._fetch()
+        else:
+            self.release()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def look_up(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Wider rows beside the codes (m, L, d), mapped, and which of them the piece's are, None for all in order.
+
+        Raises:
+            StoreError: they are damaged.
+        """
+        wide = self._shard.wide
+        if wide is None:
+            raise self._shard.folder.error(f"{self._shard.folder.name} has no wider rows")
+        if "wide" not in self._arrays:
+            self._arrays.append("wide")
+        places = None if self.consecutive else self.rows - (self._shard.start + self._first)
+        return wide[self._first : self._stop], places
+
+    def release(self) -> None:
+        """Give the pages of the map back; to read them again is to fetch them again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for array, start, stop in self._mapped():
+            # The first page holds the end of the row before as well, which has been scored; the last page belongs
+            # to the next piece.
+            start, stop = (offset // mmap.PAGESIZE * mmap.PAGESIZE for offset in (start, stop))
+            if start < stop:
+                array.base.madvise(mmap.MADV_DONTNEED, start, stop - start)  # type: ignore[union-attr]
+
+    def _fetch(self) -> None:
+        for array, start, stop in self._mapped():
+            array.reshape(-1).view(np.uint8)[start:stop:READ_STEP].max()
+
+    def _mapped(self) -> Iterator[tuple[np.memmap, int, int]]:
+        """Each array and the bytes of it that hold the piece."""
+        for name in self._shard.layout.row_arrays:
+            if name in self._arrays:
+                array = self._shard.array(name)
+                yield array, self._first * array.strides[0], self._stop * array.strides[0]
+
+
+def read_pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], bool]) -> Generator[Piece]:
+    """The chosen rows in pieces of at most ``size``; shards that hold none of them are not opened.
+
+    A piece is valid until the next one is asked for.
+
+    Args:
+        store: the store.
+        chosen: the rows.
+        size: most rows of a piece.
+        wide: whether the next piece is to hold the wider rows; asked when it is about to be read.
+
+    Raises:
+        StoreError: a shard is damaged.
+    """
+    runs = ((shard, run) for shard in shards_of(store, chosen) for run in _runs(shard, chosen, size))
+    pieces = (Piece(shard, run, wide()) for shard, run in runs)
+    with ThreadPoolExecutor(1, "trackstar-read") as reader:
+        coming = reader.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = reader.submit(next, pieces, None)
+            yield piece
+            piece.release()
+
+
+def _runs(shard: Shard, chosen: Selection, size: int) -> Iterator[np.ndarray]:
+    """The rows of each piece."""
+    long_run = -(-LONG_RUN // shard.layout.row_bytes)
+    count = -(-len(shard) // size)
+    bounds = [shard.start + len(shard) * i // count for i in range(count + 1)]
+    for start, stop in itertools.pairwise(bounds):
+        runs = [np.arange(*run) for run in chosen.within(start, stop)]
+        scattered = [run for run in runs if len(run) < long_run and len(runs) > 1]
+        if scattered:
+            yield np.concatenate(scattered)
+        yield from (run for run in runs if len(run) >= long_run or len(runs) == 1)

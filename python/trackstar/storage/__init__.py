@@ -1,0 +1,1 @@
+"""The store on disk: building, reading, and changing it, one atomic commit after another."""
