@@ -177,7 +177,7 @@ def test_gaussian_has_normal_moments():
             ValueError,
             "kind must be one of rademacher, gaussian, countsketch; got 'cauchy'",
         ),
-        ({"dtype": torch.int32}, TypeError, "floating-point"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be one of float16"),
         ({"backend": "triton"}, ValueError, "must be one of numba, reference, got 'triton'"),
     ],
 )
