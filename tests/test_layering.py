@@ -83,6 +83,14 @@ def test_importing_the_kernels_is_light():
     assert not loaded & {"transformers", "triton", "numba", "trackstar"}
 
 
+def test_cuda_backends_can_be_imported_where_nothing_was_built_for_them():
+    loaded = modules_after(
+        "from trackstar_kernels import _C; [delattr(_C, n) for n in dir(_C) if n.lower().startswith('cuda')]; "
+        "import trackstar_kernels.scoring._cuda"
+    )
+    assert "trackstar_kernels.scoring._cuda" in loaded
+
+
 def test_help_needs_nothing_heavy():
     loaded = modules_after("import trackstar.cli")
     assert not loaded & {"torch", "transformers", "triton", "numpy", "numba", "trackstar_kernels"}

@@ -82,8 +82,11 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
 }
 
 void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride) {
-  const DotKernel& kernel = type_.dot[matrix.count() - 1];
-  const size_t block_rows = kernel.rows, max_depth = kDepth * kernels_.lanes;
+  const size_t max_depth = kDepth * kernels_.lanes;
+  const bool by_itself =
+      matrix.count() == 1 && !codes_ && block_bytes(rows_.type, std::min(rows_.d, max_depth)) >= kLongBytes;
+  const DotKernel& kernel = by_itself ? type_.long_dot : type_.dot[matrix.count() - 1];
+  const size_t block_rows = kernel.rows;
   const size_t row_bytes = rows_.L * block_bytes_;
   for (size_t first = 0; first < count_; first += block_rows) {
     for (size_t i = 0; i < rows_.d; i += max_depth) {

@@ -1,5 +1,6 @@
 #include "cpu/scoring_kernel.h"
 
+#include "cpu/fetch.h"
 #include "cpu/lane_sums.h"
 
 namespace trackstar {
@@ -27,9 +28,8 @@ constexpr size_t kLineBytes = 64;
 constexpr int dot_rows(int queries) { return kDotSums / queries < 8 ? kDotSums / queries : 8; }
 
 // Adds the products of one vector of each row with one of each query.
-template <int kQueries, typename T>
+template <int kQueries, int kRows, typename T>
 inline void add_products(const T* const* row, size_t k, const float* queries, Vec sum[][kQueries]) {
-  constexpr int kRows = dot_rows(kQueries);
   Vec values[kQueries];
 #pragma GCC unroll 4
   for (int q = 0; q < kQueries; ++q) values[q] = load(queries + q * kLanes);
@@ -41,10 +41,9 @@ inline void add_products(const T* const* row, size_t k, const float* queries, Ve
   }
 }
 
-template <int kQueries, typename T>
+template <int kQueries, int kRows, typename T>
 __attribute__((noinline)) void dot(const void* const* rows, const void* const* next, const float* queries,
                                    size_t depth, const float* scale, float* scores, size_t score_stride) {
-  constexpr int kRows = dot_rows(kQueries);
   constexpr size_t kLine = kLineBytes / sizeof(T), kAhead = kAheadBytes / sizeof(T);
   const T* row[kRows];
 #pragma GCC unroll 8
@@ -54,21 +53,25 @@ __attribute__((noinline)) void dot(const void* const* rows, const void* const* n
   // What is kAhead further on lies in the row itself until shortly before its end.
   const size_t own = lines > kAhead ? lines - kAhead : 0;
   size_t k = 0;
+  if constexpr (kRows == 1) {
+    fetch_pages(row[0], depth * sizeof(T));
+    for (; k < lines; k += kLanes) add_products<kQueries, kRows>(row, k, queries + k * kQueries, sum);
+  }
   for (; k < own; k += kLine) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(row[r] + k + kAhead);
 #pragma GCC unroll 8
     for (size_t i = k; i < k + kLine; i += kLanes)
-      add_products<kQueries>(row, i, queries + i * kQueries, sum);
+      add_products<kQueries, kRows>(row, i, queries + i * kQueries, sum);
   }
   for (; k < lines; k += kLine) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(static_cast<const T*>(next[r]) + (k - own));
 #pragma GCC unroll 8
     for (size_t i = k; i < k + kLine; i += kLanes)
-      add_products<kQueries>(row, i, queries + i * kQueries, sum);
+      add_products<kQueries, kRows>(row, i, queries + i * kQueries, sum);
   }
-  for (; k < whole; k += kLanes) add_products<kQueries>(row, k, queries + k * kQueries, sum);
+  for (; k < whole; k += kLanes) add_products<kQueries, kRows>(row, k, queries + k * kQueries, sum);
   if (k < depth) {
     // The last numbers, padded with zeros to a vector.
     const size_t rest = depth - k;
@@ -79,7 +82,7 @@ __attribute__((noinline)) void dot(const void* const* rows, const void* const* n
       for (int q = 0; q < kQueries; ++q) query_tail[q * kLanes + j] = queries[k * kQueries + q * rest + j];
     }
     for (int r = 0; r < kRows; ++r) row[r] = row_tail[r];
-    add_products<kQueries>(row, 0, query_tail, sum);
+    add_products<kQueries, kRows>(row, 0, query_tail, sum);
   }
   float sums[kRows * kQueries];
   sum_lanes<kRows * kQueries>(sum[0], sums);
@@ -319,12 +322,13 @@ size_t outside(const float* scores, const float* above, const float* below, size
 
 template <int kQueries, typename T>
 constexpr DotKernel dot_kernel() {
-  return {dot_rows(kQueries), dot<kQueries, T>};
+  return {dot_rows(kQueries), dot<kQueries, dot_rows(kQueries), T>};
 }
 
 template <typename T>
 constexpr RowKernels row_kernels() {
   return {{dot_kernel<1, T>(), dot_kernel<2, T>(), dot_kernel<3, T>(), dot_kernel<4, T>()},
+          {1, dot<1, 1, T>},
           alone<T>,
           widen_row<T>};
 }

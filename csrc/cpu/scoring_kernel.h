@@ -38,6 +38,7 @@ struct PanelKernel {
               const float* scale, float* scores, size_t score_stride);
 };
 
+constexpr size_t kLongBytes = 4096;   // of a row, from which on one query reads it by itself
 constexpr size_t kAheadBytes = 1024;  // how long before a row is read its lines are fetched
 constexpr int kMaxDotQueries = 4;
 constexpr int kMaxBlockRows = 12;
@@ -48,6 +49,9 @@ constexpr size_t kAloneDepth = 256;
 // What rows of one type need.
 struct RowKernels {
   DotKernel dot[kMaxDotQueries];  // 1 to 4 queries
+  // Of one query, a row at a time, with the bits of dot[0]: fetches the row's pages and does not look at `next`. With
+  // more queries these, and not memory, would be waited for.
+  DotKernel long_dot;
   // scores[r] += scale[r] · Σ_k rows[r][k] · query[k] for kAloneRows rows, with the bits that PanelKernel gives them;
   // depth is at most kAloneDepth.
   void (*alone)(const void* const* rows, const float* query, size_t depth, const float* scale, float* scores);

@@ -172,7 +172,7 @@ def _readable(rows: torch.Tensor, d: int) -> torch.Tensor:
     return rows if rows[0].is_contiguous() else rows.contiguous()
 
 
-def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None) -> _C.CudaRows:
+def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None) -> "_C.CudaRows":
     N, L, d = rows.shape
     return _C.CudaRows(
         values=rows.data_ptr(),
@@ -187,7 +187,7 @@ def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None) -> _C.CudaRows:
 
 def _survivors(
     Q: int, k: int, N: int, columns: int, largest: bool, device: torch.device
-) -> tuple[_C.CudaSurvivors, torch.Tensor]:
+) -> "tuple[_C.CudaSurvivors, torch.Tensor]":
     """Room (Q, slices, capacity) for keys: as many slices as keep every multiprocessor busy."""
     tiles = -(-N // TILE_ROWS)
     capacity = 2 * k + 2 * TILE_ROWS  # the threshold follows once in k rows that pass
