@@ -50,11 +50,12 @@ def _larger(records: Mapping[str, Record]) -> Iterator[Claim]:
     if "tail_patch" in records:
         gains = records["tail_patch"]["results"]["gains"]
         row = max((row for row in gains if row["method"] == "BM25"), key=lambda row: row["k"])
+        found = {name: 100 * value for name, value in row["TrackStar above it"].items()}
         yield (
             "TrackStar's proponents move the answer more than BM25's",
-            f"probability after a step, {TRACKSTAR} − BM25, k = {row['k']}",
-            row["TrackStar above it"],
-            _more(row["TrackStar above it"]),
+            f"percentage points after a step, {TRACKSTAR} − BM25, k = {row['k']}",
+            found,
+            _more(found),
         )
     if "lds" in records:
         (found,) = (
