@@ -162,7 +162,8 @@ def test_every_part_has_its_section_and_its_figures(written):
     assert "| BM25 | 25.0% | 75.0% |" in page
     assert "| MRR, TrackStar − cosine, the next | +0.250 [+0.150, +0.350] | yes |" in page
     assert (
-        "| percentage points after a step, TrackStar − BM25, k = 3 | +0.000 [-10.000, +10.000] | not shown |" in page
+        "| percentage points after a step, TrackStar − BM25, k = 3 | +0.000 [-10.000, +10.000] | not shown |"
+        in page
     )
     assert "| LDS, TrackStar − cosine | -0.875 [-0.975, -0.775] | no, the contrary |" in page
     assert "| MRR, int4 − the default | -0.062 [-0.163, +0.038] | within the noise |" in page
