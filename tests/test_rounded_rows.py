@@ -101,3 +101,18 @@ def test_what_is_not_looked_for_is_left_out(mixing, largest):
     beyond = 2.0 if largest else -2.0
     nothing, _ = task.topk(rows, norms, K, largest=largest, reached=torch.full((Q,), beyond))
     assert nothing.isnan().all()
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.5])
+def test_what_was_reached_may_lie_anywhere_but_is_float32(mixing):
+    queries, rows = random(Q, 2, 256, 0), random(N, 2, 256, 1)
+    norms = rows.square().sum(2)
+    task = prepare_task(queries, mixing)
+    apart = torch.stack([task.topk(rows, norms, K)[0][:, -1], torch.full((Q,), torch.inf)], dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    found, wanted = (task.topk(rows, norms, K, reached=one) for one in (apart, apart.contiguous()))
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    with pytest.raises(TypeError, match=r"reached"):
+        task.topk(rows, norms, K, reached=apart.double())
+    with pytest.raises(ValueError, match=r"reached"):
+        task.topk(rows, norms, K, reached=apart[1:])

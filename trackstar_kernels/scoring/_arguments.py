@@ -103,7 +103,7 @@ def check_places(places: torch.Tensor, wider: torch.Tensor) -> None:
 
 
 def check_reached(reached: Sequence[torch.Tensor | None], ends: tuple[bool, ...], Q: int) -> None:
-    """Require for each end scores (Q,) or None."""
+    """Require for each end scores (Q,) float32 or None."""
     if not isinstance(reached, (tuple, list)) or len(reached) != len(ends):
         raise ValueError(
             f"reached must hold scores or None for each of the {len(ends)} ends, got {reached!r}"
@@ -111,6 +111,7 @@ def check_reached(reached: Sequence[torch.Tensor | None], ends: tuple[bool, ...]
     for scores in reached:
         if scores is not None:
             check_shape("reached", check_tensor("reached", scores), (Q,))
+            check_dtype("reached", scores, torch.float32)
 
 
 def check_wider(

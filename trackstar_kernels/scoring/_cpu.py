@@ -49,7 +49,7 @@ def _score_ends(
     queries = queries.contiguous()
     rows = _readable(rows)
     scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-    results = [_results(len(queries), k) for _ in ends]
+    results, reached = [_results(len(queries), k) for _ in ends], _dense(reached)
     stored, tops = _rows_at(rows, scales, queries.shape[2]), _tops_at(results, ends, reached)
     threads = torch.get_num_threads()
     if packed is None:
@@ -187,7 +187,7 @@ class _MixedTask(PreparedTask):
         hessian, narrow = self.hessian, rows.dtype in NARROW
         rows, squared_norms = _readable(rows), squared_norms.contiguous()
         scales = None if scales is None else scales.expand(rows.shape[:2]).contiguous()
-        results = [_results(hessian.count, k) for _ in ends]
+        results, reached = [_results(hessian.count, k) for _ in ends], _dense(reached)
         doubtful = torch.empty(len(rows), dtype=torch.bool)
         _C.mixed_topk(
             task=self.panels,
@@ -270,6 +270,11 @@ def _rows_at(rows: torch.Tensor, scales: torch.Tensor | None, d: int) -> _C.Rows
         L=L,
         d=d,
     )
+
+
+def _dense(reached: Reached) -> Reached:
+    """The scores one after another, to be kept for as long as csrc looks at them."""
+    return [None if scores is None else scores.contiguous() for scores in reached]
 
 
 def _tops_at(results: list[Found], ends: tuple[bool, ...], reached: Reached) -> list[_C.TopK]:
