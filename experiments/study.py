@@ -32,6 +32,7 @@ class Size:
             study computes, are float32.
         ekfac: name patterns of the modules that EK-FAC is fitted on.
         queries: that are asked, at most.
+        left_out: parts and sweeps that are run only by their names.
     """
 
     passages: int
@@ -42,13 +43,14 @@ class Size:
     fast: bool
     ekfac: tuple[str, ...]
     queries: int
+    left_out: tuple[str, ...] = ()
 
 
 SIXTH_LAYERS = ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*")
 """The MLPs of layers 0, 5, 10, 15, 20 and 25 of SmolLM2's 30."""
 
 SIZES = {
-    "small": Size(320, 8, 3, 8, 1e-4, False, SIXTH_LAYERS, 60),
+    "small": Size(320, 8, 3, 8, 1e-4, False, SIXTH_LAYERS, 60, ("checkpoint", "removal")),
     "medium": Size(640, 16, 2, 8, 1e-4, False, SIXTH_LAYERS, 120),
     "full": Size(3000, 60, 1, 32, 2e-4, True, SIXTH_LAYERS, 300),
 }

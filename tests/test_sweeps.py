@@ -10,8 +10,11 @@ from trackstar.gradients.collector import GradientCollector
 from trackstar.gradients.examples import encode_examples
 from trackstar.gradients.lean import LeanPass
 
+from experiments.__main__ import PARTS
 from experiments.scores import automatic_mixing
 from experiments.sketches import _mapped, _write
+from experiments.study import SIZES
+from experiments.sweeps import SWEEPS
 
 LENGTHS = (7, 3, 12, 5, 9)
 
@@ -65,3 +68,8 @@ def test_mixing_is_that_of_whole_curvatures(count):
     train += 0.1 * torch.einsum("laa->l", train)[:, None, None] / 16 * torch.eye(16)
     wanted = choose_mixing(questions, torch.linalg.eigvalsh(train))
     assert automatic_mixing(passages, questions) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_a_size_leaves_out_can_be_named(name):
+    assert set(SIZES[name].left_out) <= {*PARTS, *SWEEPS} - {"provenance", "ladder", "sweeps", "report"}
