@@ -41,11 +41,12 @@ struct TopK {
 // four queries a chunk is 256 numbers, of which those at even and at odd places are summed in order and then
 // added (on vectors of four floats: all of them in order); with up to four it is 256 vectors, whose lanes are
 // added last, in pairs. So within each of the two cases a score has the same bits whatever the other queries and
-// rows, their number, and `threads`. Scores with int8, int4 and sign rows always have the bits of the second case.
+// rows, their number, and `threads`. Many queries take float rows rounded to bytes first, and compute only those scores
+// that may be among the best, as long as those are few. Scores with int8, int4 and sign rows always have the bits of the second case.
 void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
 
 // Queries (Q, L, d), dense, in the layouts of the kernels: made once, for any number of scans of rows that are not
-// narrow. The values are to be there as long.
+// narrow.
 class Queries {
  public:
   Queries(const float* values, size_t Q, size_t L, size_t d);
@@ -53,13 +54,12 @@ class Queries {
 
  private:
   friend void score_topk(const Queries&, const Rows&, const std::vector<TopK>&, int);
+  friend void score_topk(const float*, const Rows&, const std::vector<TopK>&, int);
   struct Layout;
   std::unique_ptr<Layout> layout_;
 };
 
-// score_topk of float32, float16 and bfloat16 rows, with the same bits. Where it is known what other rows have reached,
-// many queries take rows rounded to bytes first, and score as they are stored only those that may be among the best,
-// as long as those are few.
+// score_topk of float32, float16 and bfloat16 rows, with the same bits.
 void score_topk(const Queries& queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
 
 // score_topk of the float32 or float16 rows `wider`, found through their narrow codes, which encode_rows made of

@@ -49,8 +49,11 @@ class Size:
 SIXTH_LAYERS = ("model.layers.[05].mlp*", "model.layers.[12][05].mlp*")
 """The MLPs of layers 0, 5, 10, 15, 20 and 25 of SmolLM2's 30."""
 
+LONG = ("lds", "removal", "checkpoint", "equal_size", "kind")
+"""What does not fit into the minutes that the small study may take."""
+
 SIZES = {
-    "small": Size(320, 8, 3, 8, 1e-4, False, SIXTH_LAYERS, 60, ("checkpoint", "removal")),
+    "small": Size(320, 8, 3, 8, 1e-4, False, SIXTH_LAYERS, 60, LONG),
     "medium": Size(640, 16, 2, 8, 1e-4, False, SIXTH_LAYERS, 120),
     "full": Size(3000, 60, 1, 32, 2e-4, True, SIXTH_LAYERS, 300),
 }

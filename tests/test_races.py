@@ -14,7 +14,7 @@ from trackstar_kernels import _C
 
 pytestmark = pytest.mark.slow
 
-N, L, d, k = 1500, 2, 33, 7
+N, L, d, k = 2500, 2, 33, 7
 RACE = 66
 """What ThreadSanitizer ends a process with."""
 

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from trackstar_kernels import _C, mixed_topk
+from trackstar_kernels import _C, mixed_topk, score_topk
 from trackstar_kernels.scoring import merge_topk, prepare_task
 
-Q, FEW, N, K = 37, 16, 700, 6
-"""Queries; so few that rows are not rounded for them; rows; results."""
+Q, FEW, N, K = 37, 8, 1200, 6
+"""Queries; so few that rows are not rounded for them; rows; results. The first 512 rows are never rounded."""
+
+ENOUGH = 2100
+"""Rows of a single call that are worth rounding."""
 
 SHAPES = [(1, 512), (3, 256), (5, 70), (1, 33)]
 DTYPES = [torch.float32, torch.float16]
@@ -86,6 +89,26 @@ def test_the_answer_is_that_of_the_rows(made, shape, dtype, largest):
     ):
         assert torch.equal(found[1], wanted[1])
         assert torch.equal(found[0].nan_to_num(2), wanted[0].nan_to_num(2))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 256), (2, 300), (5, 70)], ids=str)
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_single_call_rounds_too(shape, dtype, scaled, largest):
+    """To the bit, on a row that one query alone cares for too; scales may be negative, zero and no numbers at all."""
+    queries, rows = random(Q, *shape, 0), random(ENOUGH, *shape, 1)
+    rows[1500] = 3 * queries[17]
+    rows = rows.to(dtype)
+    scales = None
+    if scaled:
+        scales = random(ENOUGH, shape[0], 1, 2)[:, :, 0]
+        scales[::7, 0], scales[600, 0], scales[601, 1] = 0, float("inf"), float("nan")
+    parts = [score_topk(part, rows, K, scales=scales, largest=largest) for part in queries.split(FEW)]
+    wanted = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    found = score_topk(queries, rows, K, scales=scales, largest=largest)
+    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(found[0].nan_to_num(2), wanted[0].nan_to_num(2))
 
 
 @pytest.mark.parametrize("largest", [True, False])

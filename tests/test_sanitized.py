@@ -18,6 +18,9 @@ pytestmark = pytest.mark.slow
 NARROW = ["int8", "int4", "sign"]
 # N, L, d, k and threads: 1 and primes, rows that end within a vector, k = N, blocks longer than a chunk.
 SHAPES = ((1, 1, 1, 1, 1), (65, 2, 33, 9, 3), (131, 3, 97, 131, 1), (70, 1, 259, 3, 4))
+ROUNDED = ((2100, 2, 33, 3, 2), (2100, 1, 512, 9, 1))
+"""As many rows as are worth rounding to bytes first, where there are many queries."""
+
 LENGTHS = (
     ([1], (1, 1, 1, 1), 1),
     ([0, 5, 1, 0, 3], (7, 5, 3, 2), 3),
@@ -93,7 +96,7 @@ def test_narrow_rows(driver, level, dtype, Q):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("Q", [1, 4, 5, 18, 33])
 def test_float_rows(driver, level, dtype, Q):
-    for N, L, d, k, threads in SHAPES:
+    for N, L, d, k, threads in SHAPES + ROUNDED * (Q > 18):
         queries, rows = normal(Q, L, d, seed=N), normal(N, L, d, seed=N + 1).to(dtype)
         scores, positions = torch.empty(Q, k), torch.empty(Q, k, dtype=torch.int64)
         kind = ROW_TYPES.index(str(dtype).removeprefix("torch."))

@@ -63,7 +63,7 @@ constexpr size_t kTileRows = 48;
 class CodedSearch : public Filter {
  public:
   CodedSearch(const Sought& sought, const RoundedQueries& rounded, const std::vector<TopK>& tops)
-      : Filter(sought, tops, false),
+      : Filter(sought, tops),
         rounded_(rounded),
         code_(code_kernels(rows_.type)),
         block_bytes_(block_bytes(rows_.type, rows_.d)),
@@ -182,7 +182,7 @@ class CodedSearch : public Filter {
 void search_topk(const Sought& sought, const std::vector<TopK>& tops, int64_t* rescored, int threads) {
   const Rows& rows = sought.codes;
   const size_t Q = tops.front().Q;
-  const size_t roundings = ExactScores::roundings(sought.exact, false);
+  const size_t roundings = ExactScores::roundings(sought.exact);
   std::vector<std::unique_ptr<Search>> searches;
   if (rows.type == RowType::sign && table_kernels()) {
     const SignTables tables(sought.queries, Q, rows.L, rows.d, *table_kernels(), roundings);

@@ -282,14 +282,13 @@ __attribute__((noinline)) void panel(const uint8_t* rows, size_t row_stride, con
 
 // ---- Queries, scales, thresholds --------------------------------------------------------------------------
 
-inline Vec magnitudes(Vec values) { return values < 0 ? -values : values; }
-
 void sizes(const float* values, size_t n, float* largest, float* square) {
-  Vec most = {}, squares = {};
+  Sums most = {};  // as whole numbers floats are in order, and NaN is the largest of all
+  Vec squares = {};
   const auto add = [&](Vec value) {
-    const Vec size = magnitudes(value);
-    most = size <= most ? most : size;  // a NaN stays
-    squares += size * size;
+    const Sums size = (Sums)value & 0x7FFFFFFF;
+    most = most > size ? most : size;
+    squares += value * value;
   };
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) add(load(values + i));
@@ -299,10 +298,8 @@ void sizes(const float* values, size_t n, float* largest, float* square) {
     add(load(tail));
   }
   sum_lanes<1>(&squares, square);
-  // NaN is the largest of all, as whole numbers too.
-  Sums bits = (Sums)most;
   int32_t top = 0;
-  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) top = bits[lane] > top ? bits[lane] : top;
+  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
   __builtin_memcpy(largest, &top, sizeof(top));
 }
 
@@ -339,7 +336,7 @@ float round(const float* values, size_t d, int8_t* codes, double* squares) {
 }
 
 float to_bytes(const float* values, size_t d, uint8_t* bytes, float* squares) {
-  constexpr float kMagic = 0x1.8p23f;  // of which whole numbers are the last bits
+  constexpr float kMagic = 0x1.8p23f + 128;  // of which whole numbers, plus 128, are the last bits
   constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
   float largest, square;
   sizes(values, d, &largest, &square);
@@ -348,12 +345,11 @@ float to_bytes(const float* values, size_t d, uint8_t* bytes, float* squares) {
   const Vec unit = splat(scale == 0 ? 0.0f : 127 / largest), size = splat(scale);
   Vec lost = {};
   const auto add = [&](Vec value, uint8_t* to) {
-    const Vec code = (value * unit + splat(kMagic)) - splat(kMagic);
-    const Vec rest = value - size * code;
+    const Vec code = value * unit + splat(kMagic);
+    const Vec rest = value - size * (code - splat(kMagic));
     lost += rest * rest;
     typedef uint8_t Out __attribute__((vector_size(kLanes), aligned(1), may_alias));
-    *reinterpret_cast<Out*>(to) =
-        (Out) __builtin_convertvector(__builtin_convertvector(code, Sums), Quarter) ^ 0x80;
+    *reinterpret_cast<Out*>(to) = (Out) __builtin_convertvector((Sums)code, Quarter);
   };
   size_t i = 0;
   for (; i + kLanes <= d; i += kLanes) add(load(values + i), bytes + i);
@@ -367,20 +363,6 @@ float to_bytes(const float* values, size_t d, uint8_t* bytes, float* squares) {
   squares[0] += square;
   squares[1] += sum_of(lost);
   return scale;
-}
-
-float product(const uint8_t* bytes, const int8_t* codes, size_t runs, size_t padded, const int32_t* starts,
-              const float* row_scales, size_t stride, const float* query_scales) {
-  float total = 0;
-  for (size_t i = 0; i < runs; ++i, bytes += padded, codes += padded) {
-    Sums sums = {};
-    for (size_t k = 0; k < padded; k += kBytes)
-      sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
-    const int32_t whole =
-        static_cast<int32_t>(static_cast<uint32_t>(sum_of(sums)) + static_cast<uint32_t>(starts[i]));
-    total += row_scales[i * stride] * query_scales[i] * static_cast<float>(whole);
-  }
-  return total;
 }
 
 // Bit i: whether lane i is not at most its limit.
@@ -413,6 +395,24 @@ size_t reaching(const float* scores, float sign, size_t n, float a, const float*
   return count;
 }
 
+size_t doubtful(const float* scores, size_t n, float a, const float* wide, float b, const float* far,
+                const float* above, const float* below, uint32_t* which) {
+  size_t count = 0, q = 0;
+  for (; q + kLanes <= n; q += kLanes) {
+    const Vec score = load(scores + q), margin = a * load(wide + q) + b * load(far + q);
+    for (unsigned lanes = lanes_above(score + margin, load(above + q)) |
+                          lanes_above(load(below + q), score - margin);
+         lanes != 0; lanes &= lanes - 1) {
+      which[count++] = static_cast<uint32_t>(q) + static_cast<uint32_t>(__builtin_ctz(lanes));
+    }
+  }
+  for (; q < n; ++q) {
+    const float margin = a * wide[q] + b * far[q];
+    if (!(scores[q] + margin <= above[q]) || !(scores[q] - margin >= below[q])) which[count++] = q;
+  }
+  return count;
+}
+
 template <typename Codes>
 constexpr CodeKernels code_kernels() {
   return {Codes::bias,      Codes::bias == 1 ? -1.0f : 1.0f,
@@ -433,7 +433,6 @@ const CodedKernels coded_kernels = {
     kTop,
     round,
     to_bytes,
-    product,
     sizes,
     code_kernels<Int8Codes>(),
     code_kernels<Int4Codes>(),
@@ -441,6 +440,7 @@ const CodedKernels coded_kernels = {
     panel_kernel<1>(),
     panel_kernel<2>(),
     reaching,
+    doubtful,
 };
 
 }  // namespace TRACKSTAR_ISA

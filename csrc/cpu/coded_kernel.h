@@ -76,11 +76,6 @@ struct CodedKernels {
   // returns the scale: NaN where values are too large or too small for any of that.
   float (*to_bytes)(const float* values, size_t d, uint8_t* bytes, float* squares);
 
-  // Σ_i row_scales[i · stride] · query_scales[i] · (starts[i] + Σ_k bytes_i,k · codes_i,k) over runs of `padded` bytes and
-  // codes, at most kMaxPiece, whole vectors.
-  float (*product)(const uint8_t* bytes, const int8_t* codes, size_t runs, size_t padded,
-                   const int32_t* starts, const float* row_scales, size_t stride, const float* query_scales);
-
   // The largest magnitude of n numbers, NaN if there is a NaN, and the sum of their squares.
   void (*sizes)(const float* values, size_t n, float* largest, float* square);
 
@@ -91,6 +86,11 @@ struct CodedKernels {
   // is not at most threshold[q]. Their indices are written to `which`, in order; returns how many.
   size_t (*reaching)(const float* scores, float sign, size_t n, float a, const float* wide, float b,
                      const float* far, const float* threshold, float* upper, uint32_t* which);
+
+  // Which of n scores, that may be a · wide[q] + b · far[q] too small or too large, may be neither at most `above` nor
+  // at least `below`, each its own. Their indices are written to `which`, in order; returns how many.
+  size_t (*doubtful)(const float* scores, size_t n, float a, const float* wide, float b, const float* far,
+                     const float* above, const float* below, uint32_t* which);
 };
 
 namespace baseline {

@@ -16,7 +16,7 @@ void prefetch(const uint8_t* from, size_t bytes) {
   for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
 }
 
-size_t depth(bool many) { return many ? kAloneDepth : kVectors * scoring_kernels().lanes; }
+size_t depth() { return kVectors * scoring_kernels().lanes; }
 
 const RowKernels& row_kernels(RowType type) {
   const ScoringKernels& kernels = scoring_kernels();
@@ -27,16 +27,15 @@ const RowKernels& row_kernels(RowType type) {
 
 }  // namespace
 
-ExactScores::ExactScores(const float* queries, const Rows& rows, float sign, bool many)
+ExactScores::ExactScores(const float* queries, const Rows& rows, float sign)
     : queries_(queries),
       rows_(rows),
       sign_(sign),
-      depth_(depth(many)),
+      depth_(depth()),
       block_bytes_(block_bytes(rows.type, rows.d)),
       row_bytes_(rows.L * block_bytes_),
       exact_(is_coded(rows.type) ? code_kernels(rows.type).exact : nullptr),
-      dot_(row_kernels(rows.type).dot[0].run),
-      alone_(many ? row_kernels(rows.type).alone : nullptr) {}
+      dot_(row_kernels(rows.type).dot[0].run) {}
 
 void ExactScores::fetch(const int64_t* positions, size_t count) const {
   for (size_t r = 0; r < count; ++r) prefetch(row_at(rows_, positions[r]), std::min(kAhead, row_bytes_));
@@ -67,11 +66,7 @@ void ExactScores::score(size_t query, const int64_t* positions, size_t count, fl
       } else {
         const void* floats[kTogether];
         std::copy_n(at, kTogether, floats);
-        if (alone_) {
-          alone_(floats, values, n, scale, sums);
-        } else {
-          dot_(floats, floats, values, n, scale, sums, 1);
-        }
+        dot_(floats, floats, values, n, scale, sums, 1);
       }
       values += n;
     }
@@ -79,8 +74,8 @@ void ExactScores::score(size_t query, const int64_t* positions, size_t count, fl
   std::copy_n(sums, count, scores);
 }
 
-size_t ExactScores::roundings(const Rows& rows, bool many) {
-  const size_t lanes = scoring_kernels().lanes, chunks = (rows.d + depth(many) - 1) / depth(many);
+size_t ExactScores::roundings(const Rows& rows) {
+  const size_t lanes = scoring_kernels().lanes, chunks = (rows.d + depth() - 1) / depth();
   return kVectors + lanes + 2 + 2 * rows.L * chunks;
 }
 

@@ -10,11 +10,11 @@
 
 namespace trackstar {
 
-// Each score has the bits that score_topk gives it when it is called with that query alone, or with many.
+// Each score has the bits that score_topk gives it when it is called with that query alone.
 class ExactScores {
  public:
-  // Queries (Q, L, d), dense; scores are multiplied by `sign`. Narrow rows have the same bits with many.
-  ExactScores(const float* queries, const Rows& rows, float sign, bool many);
+  // Queries (Q, L, d), dense; scores are multiplied by `sign`.
+  ExactScores(const float* queries, const Rows& rows, float sign);
 
   static constexpr size_t kTogether = kExactRows;
 
@@ -25,7 +25,7 @@ class ExactScores {
   void score(size_t query, const int64_t* positions, size_t count, float* scores) const;
 
   // Roundings that a score goes through, one after another.
-  static size_t roundings(const Rows& rows, bool many);
+  static size_t roundings(const Rows& rows);
 
  private:
   const float* queries_;
@@ -34,7 +34,6 @@ class ExactScores {
   size_t depth_, block_bytes_, row_bytes_;
   decltype(CodeKernels::exact) exact_;  // of narrow rows; null for others
   decltype(DotKernel::run) dot_;
-  decltype(RowKernels::alone) alone_;  // of many queries; null for one
 };
 
 }  // namespace trackstar

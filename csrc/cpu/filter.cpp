@@ -18,14 +18,14 @@ void ScoreBounds::set(size_t query, double squares, double lost, size_t rounding
   far[query] = holds ? static_cast<float>(1.001 * (norm + rounding)) : kInfinity;
 }
 
-Filter::Filter(const Sought& sought, const std::vector<TopK>& tops, bool many)
+Filter::Filter(const Sought& sought, const std::vector<TopK>& tops)
     : sought_(sought),
       rows_(sought_.codes),
       kernels_(coded_kernels()),
       ones_(rows_.scales ? 0 : rows_.L, 1.0f) {
   for (const TopK& top : tops) {
     const float sign = top.largest ? 1.0f : -1.0f;
-    Side side{ExactScores(sought.queries, sought.exact, sign, many), sign, {}, {}};
+    Side side{ExactScores(sought.queries, sought.exact, sign), sign, {}, {}};
     side.contests.reserve(top.Q);
     for (size_t q = 0; q < top.Q; ++q) {
       side.thresholds.push_back(floor_of(top.reached, q, top.largest));

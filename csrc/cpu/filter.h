@@ -39,8 +39,7 @@ struct ScoreBounds {
 
 class Filter : public Search {
  public:
-  // Exact scores have the bits that they have with many queries, or with one.
-  Filter(const Sought& sought, const std::vector<TopK>& tops, bool many);
+  Filter(const Sought& sought, const std::vector<TopK>& tops);
 
   void finish() override;
   void collect(size_t top, size_t query, std::vector<Key>& keys) const override {

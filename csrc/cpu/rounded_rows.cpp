@@ -3,15 +3,19 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "cpu/coded.h"
+#include "cpu/filter.h"
+#include "cpu/isa.h"
 
 namespace trackstar {
 namespace {
 
-constexpr size_t kTileBytes = 256 << 10;  // of rounded rows, which stay in the second-level cache
+constexpr size_t kTileBytes = 128 << 10;  // of rounded rows: they and the next ones' floats stay in cache
 constexpr size_t kTileRows = 48;
+constexpr size_t kLineBytes = 64;
+
+constexpr size_t kNone = std::numeric_limits<size_t>::max();
 
 size_t rows_of_tile(const RoundedQueries& rounded, size_t runs) {
   const size_t step = rounded.panels.front().kernel->rows;
@@ -19,72 +23,77 @@ size_t rows_of_tile(const RoundedQueries& rounded, size_t runs) {
   return std::max(fit, step);
 }
 
-// Roundings of an exact score.
-size_t roundings(size_t L, size_t d) {
-  return ExactScores::roundings({nullptr, RowType::float32, 0, nullptr, 1, L, d}, true);
-}
+size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
+
+// Roundings of a score that is computed.
+size_t roundings(size_t L, size_t d) { return kChunkDepth + 2 * L * (d / kChunkDepth + 1) + 2; }
 
 }  // namespace
 
-ByteQueries::ByteQueries(const float* values, size_t Q, size_t L, size_t d)
-    : values(values),
+bool ByteQueries::fits(size_t Q, size_t d) {
+  // Without fast products of bytes nothing is saved.
+  return Q >= kLeast && isa() != Isa::baseline && (d % kRun == 0 || d <= kMaxPiece);
+}
+
+ByteQueries::ByteQueries(const float* given, size_t Q, size_t L, size_t d)
+    : L(L),
+      d(d),
       runs(d % kRun == 0 ? d / kRun : 1),
       size(d / runs),
-      rounded(values, Q, L * runs, size, code_kernels(RowType::int8), coded_kernels(), roundings(L, d)),
-      codes(Q * L * runs * rounded.padded),
-      starts(Q * L * runs),
-      scales(Q * L * runs),
-      bounds(Q) {
-  const CodedKernels& kernels = coded_kernels();
-  std::vector<int8_t> first(size);
-  std::vector<float> rest(size);
+      rounded(given, Q, L * runs, size, code_kernels(RowType::int8), coded_kernels(), roundings(L, d)) {
+  const ScoringKernels& kernels = scoring_kernels();
+  const size_t across = kernels.lanes / kernels.group, full = d / kChunkDepth, rest = d % kChunkDepth;
+  const size_t padded = round_up(rest, kernels.lanes);
+  stride = (round_up(L * full, across) * kChunkDepth + round_up(rest > 0 ? L : 0, across) * padded);
+  values.resize(Q * stride);
+  // Where number k of the n-th chunk goes that is `depth` numbers deep.
+  const auto place = [&](size_t n, size_t k, size_t depth) {
+    const size_t group = kernels.group;
+    return n / across * across * depth + k / group * across * group + n % across * group + k % group;
+  };
   for (size_t q = 0; q < Q; ++q) {
-    double squares[2] = {}, rests[2] = {};
-    for (size_t i = q * L * runs; i < (q + 1) * L * runs; ++i) {
-      const float scale = kernels.round(values + i * size, size, first.data(), squares);
-      for (size_t j = 0; j < size; ++j) rest[j] = values[i * size + j] - scale * first[j];
-      int8_t* to = codes.data() + i * rounded.padded;
-      scales[i] = kernels.round(rest.data(), size, to, rests);
-      starts[i] = -code_kernels(RowType::int8).bias * std::accumulate(to, to + size, 0);
+    for (size_t b = 0; b < L; ++b) {
+      const float* from = given + (q * L + b) * d;
+      float* to = values.data() + q * stride;
+      for (size_t k = 0; k < full * kChunkDepth; ++k) {
+        to[place(b * full + k / kChunkDepth, k % kChunkDepth, kChunkDepth)] = from[k];
+      }
+      to += round_up(L * full, across) * kChunkDepth;
+      for (size_t k = 0; k < rest; ++k) to[place(b, k, padded)] = from[full * kChunkDepth + k];
     }
-    bounds.set(q, squares[0], rests[1], roundings(L, d) + 2 * L * runs * rounded.chunks + 16);
   }
 }
 
-ByteSearch::ByteSearch(const ByteQueries& queries, const Rows& rows, const std::vector<TopK>& tops)
-    : Filter({queries.values, rows, rows, nullptr}, tops, true),
-      queries_(queries),
+ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
+    : queries_(queries),
       rounded_(queries.rounded),
+      rows_(rows),
       runs_(rows.L * queries.runs),
       run_bytes_(block_bytes(rows.type, queries.size)),
       tile_rows_(rows_of_tile(rounded_, runs_)),
       widen_(rows.type == RowType::float16    ? scoring_kernels().half.widen
              : rows.type == RowType::bfloat16 ? scoring_kernels().bfloat16.widen
                                               : nullptr),
-      wide_(widen_ ? queries.size : 0),
       bytes_(tile_rows_ * runs_ * rounded_.padded),
       scales_(tile_rows_ * runs_),
       norms_(tile_rows_),
       rests_(tile_rows_),
       scores_(tile_rows_ * rounded_.width),
-      upper_(rounded_.width),
-      which_(rounded_.width) {}
+      wide_(widen_ ? rows.L * rows.d : 0),
+      widened_(kNone),
+      sums_(rows.L * (rows.d / kChunkDepth + 1)),
+      ones_(rows.scales ? 0 : rows.L, 1.0f) {}
 
-void ByteSearch::run(size_t begin, size_t end) {
-  for (size_t row = begin; row < end; row += tile_rows_) {
-    const size_t count = std::min(tile_rows_, end - row);
-    for (size_t r = 0; r < count; ++r) round(row + r, r);
-    multiply(count);
-    for (size_t r = 0; r < count; ++r) {
-      for (Side& side : sides_) consider(side, row + r, r);
-    }
-  }
+void ByteRows::open(size_t row, size_t count) {
+  row_ = row;
+  widened_ = kNone;
+  for (size_t r = 0; r < count; ++r) round(r);
+  multiply(count);
 }
 
-// Row n becomes bytes, at place r of the tile. A NaN among its scales makes all its rough scores NaN, which rule out
-// nothing.
-void ByteSearch::round(size_t n, size_t r) {
-  const uint8_t* row = row_at(rows_, n);
+// A NaN among a row's scales makes all its rough scores NaN, which rule out nothing.
+void ByteRows::round(size_t r) {
+  const uint8_t* row = row_at(rows_, row_ + r);
   double squares[2] = {};
   for (size_t i = 0; i < runs_; ++i) {
     const auto* values = reinterpret_cast<const float*>(row + i * run_bytes_);
@@ -93,9 +102,9 @@ void ByteSearch::round(size_t n, size_t r) {
       values = wide_.data();
     }
     float of_run[2] = {};
-    const float scale =
-        kernels_.to_bytes(values, queries_.size, bytes_.data() + (r * runs_ + i) * rounded_.padded, of_run);
-    const float block = scales(n)[i / queries_.runs];
+    const float scale = coded_kernels().to_bytes(values, queries_.size,
+                                                 bytes_.data() + (r * runs_ + i) * rounded_.padded, of_run);
+    const float block = scales(r)[i / queries_.runs];
     scales_[i * tile_rows_ + r] = bounded(block) ? scale * block : std::numeric_limits<float>::quiet_NaN();
     for (int j = 0; j < 2; ++j) squares[j] += double{block} * block * of_run[j];
   }
@@ -106,9 +115,12 @@ void ByteSearch::round(size_t n, size_t r) {
   rests_[r] = static_cast<float>(rest);
 }
 
-// The rough scores of the tile.
-void ByteSearch::multiply(size_t count) {
-  const size_t stride = runs_ * rounded_.padded;
+// The rough scores of the tile. Meanwhile the next one is fetched, a few lines for every call of the kernel.
+void ByteRows::multiply(size_t count) {
+  const size_t stride = runs_ * rounded_.padded, step = rounded_.panels.front().kernel->rows;
+  const size_t calls = runs_ * rounded_.chunks * rounded_.panels.size() * ((count + step - 1) / step);
+  const uint8_t* next = row_at(rows_, row_ + count);
+  const size_t bytes = row_at(rows_, row_ + 2 * count) - next, lines = (bytes / kLineBytes + calls - 1) / calls;
   std::fill(scores_.begin(), scores_.end(), 0.0f);
   for (size_t i = 0; i < runs_; ++i) {
     for (size_t chunk = 0; chunk < rounded_.chunks; ++chunk) {
@@ -116,7 +128,8 @@ void ByteSearch::multiply(size_t count) {
       const size_t depth = std::min(RoundedQueries::kChunk, rounded_.padded - from);
       for (const RoundedQueries::Panel& panel : rounded_.panels) {
         const size_t width = panel.kernel->queries;
-        for (size_t r = 0; r < count; r += panel.kernel->rows) {
+        for (size_t r = 0; r < count; r += step) {
+          for (size_t line = 0; line < lines; ++line, next += kLineBytes) __builtin_prefetch(next, 0, 2);
           panel.kernel->run(bytes_.data() + r * stride + i * rounded_.padded + from, stride,
                             panel.codes.data() + (i * rounded_.padded + from) * width, depth,
                             panel.starts.data() + (i * rounded_.chunks + chunk) * width,
@@ -128,24 +141,21 @@ void ByteSearch::multiply(size_t count) {
   }
 }
 
-// Row n, at place r of the tile, enters for the queries whose best it may be among. A second look, at what was left of
-// those queries when they were rounded, is cheap beside an exact score.
-void ByteSearch::consider(Side& side, size_t n, size_t r) {
-  const float* scores = scores_.data() + r * rounded_.width;
-  const ScoreBounds &rough = rounded_.bounds, &fine = queries_.bounds;
-  const size_t count =
-      kernels_.reaching(scores, side.sign, side.contests.size(), norms_[r], rough.wide.data(), rests_[r],
-                        rough.far.data(), side.thresholds.data(), upper_.data(), which_.data());
-  doubted_ += static_cast<double>(count);
-  for (size_t i = 0; i < count; ++i) {
-    const size_t q = which_[i], at = q * runs_;
-    const float rest = kernels_.product(bytes_.data() + r * runs_ * rounded_.padded,
-                                        queries_.codes.data() + at * rounded_.padded, runs_, rounded_.padded,
-                                        queries_.starts.data() + at, scales_.data() + r, tile_rows_,
-                                        queries_.scales.data() + at);
-    const float most = side.sign * (scores[q] + rest) + norms_[r] * fine.wide[q] + rests_[r] * fine.far[q];
-    if (!(most <= side.thresholds[q])) enter(side, q, most, n);
+size_t ByteRows::doubtful(size_t r, const float* above, const float* below, uint32_t* which) const {
+  const ScoreBounds& bounds = rounded_.bounds;
+  return coded_kernels().doubtful(scores_.data() + r * rounded_.width, bounds.wide.size(), norms_[r],
+                                  bounds.wide.data(), rests_[r], bounds.far.data(), above, below, which);
+}
+
+float ByteRows::score(size_t r, size_t query) {
+  const auto* row = reinterpret_cast<const float*>(row_at(rows_, row_ + r));
+  if (widen_) {
+    if (widened_ != r) widen_(row, rows_.L * rows_.d, wide_.data());
+    widened_ = r;
+    row = wide_.data();
   }
+  return scoring_kernels().score_row(row, queries_.values.data() + query * queries_.stride, rows_.L, rows_.d,
+                                     scales(r), sums_.data());
 }
 
 }  // namespace trackstar

@@ -1,66 +1,70 @@
-// Finding the best of many rows of floats by products of whole numbers.
+// Telling by products of whole numbers which scores of rows of floats are worth computing.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "cpu/aligned.h"
-#include "cpu/filter.h"
 #include "cpu/rounded_queries.h"
 #include "cpu/scoring_kernel.h"
 #include "scoring.h"
 
 namespace trackstar {
 
-// Queries as bytes, for rows of floats. Runs of kRun numbers are rounded together, or whole blocks where those are no
-// multiple of that.
+// Many queries as bytes, for rows of floats, and as they are, in the layout of ScoringKernels::score_row. Runs of kRun
+// numbers are rounded together, or whole blocks where those are no multiple of that.
 struct ByteQueries {
-  // Queries (Q, L, d), dense, to be there as long; fits(d).
+  // Queries (Q, L, d), dense; fits(Q, d).
   ByteQueries(const float* values, size_t Q, size_t L, size_t d);
 
-  static constexpr size_t kRun = 256;
-  static bool fits(size_t d) { return d % kRun == 0 || d <= kMaxPiece; }
+  static constexpr size_t kRun = 256, kLeast = 16;
+  // Whether they can be rounded, and whether that may save more than it costs.
+  static bool fits(size_t Q, size_t d);
 
-  const float* values;
+  size_t L, d;
   size_t runs, size;  // of a block
   RoundedQueries rounded;
-
-  // What rounding left over, rounded once more.
-  Aligned<int8_t> codes;        // (Q, L · runs, padded)
-  std::vector<int32_t> starts;  // (Q, L · runs)
-  std::vector<float> scales;    // (Q, L · runs)
-  ScoreBounds bounds;           // of rough scores with that
+  Aligned<float> values;
+  size_t stride;  // of one query's values
 };
 
-// A search of one thread. Rows are rounded to bytes, tile by tile, and of those that may be among the best by what is
-// known of the roundings the scores are computed, with the bits that they have in a Scan.
-class ByteSearch : public Filter {
+// The rows of one thread, rounded to bytes tile by tile. Of those scores that may be of interest, by what is known of the
+// roundings, each is computed by itself.
+class ByteRows {
  public:
-  ByteSearch(const ByteQueries& queries, const Rows& rows, const std::vector<TopK>& tops);
+  ByteRows(const ByteQueries& queries, const Rows& rows);
 
-  void run(size_t begin, size_t end) override;
-  size_t tile_rows() const override { return tile_rows_; }
+  // Rows of a tile.
+  size_t tile_rows() const { return tile_rows_; }
 
-  // Scores that were not ruled out at first.
-  double doubted() const { return doubted_; }
+  // Goes to the tile of rows row … row + count - 1.
+  void open(size_t row, size_t count);
+
+  // The queries for which the score of the tile's row r may be neither at most `above` nor at least `below`, each its
+  // own: they are written to `which`, in order; returns how many.
+  size_t doubtful(size_t r, const float* above, const float* below, uint32_t* which) const;
+
+  // Score of the tile's row r, with the bits that it has in any scan of many queries.
+  float score(size_t r, size_t query);
 
  private:
-  void round(size_t n, size_t r);
+  void round(size_t r);
   void multiply(size_t count);
-  void consider(Side& side, size_t n, size_t r);
+  const float* scales(size_t r) const { return rows_.scales ? rows_.scales + (row_ + r) * rows_.L : ones_.data(); }
 
   const ByteQueries& queries_;
   const RoundedQueries& rounded_;
+  const Rows rows_;
   size_t runs_, run_bytes_, tile_rows_;  // runs of a row
   decltype(RowKernels::widen) widen_;    // null where rows are float32
-  Aligned<float> wide_;
-  Aligned<uint8_t> bytes_;     // (row of the tile, run, padded)
-  std::vector<float> scales_;  // (run, row of the tile)
+  size_t row_ = 0;
+  Aligned<uint8_t> bytes_;           // (row of the tile, run, padded)
+  std::vector<float> scales_;        // (run, row of the tile)
   std::vector<float> norms_, rests_;
-  Aligned<float> scores_;  // (row of the tile, width)
-  std::vector<float> upper_;
-  std::vector<uint32_t> which_;
-  double doubted_ = 0;
+  Aligned<float> scores_;            // (row of the tile, width): rough ones
+  Aligned<float> wide_;              // a row, if it is not float32 as it is stored
+  size_t widened_;                   // which one
+  std::vector<float> sums_, ones_;
 };
 
 }  // namespace trackstar

@@ -6,7 +6,6 @@ namespace trackstar {
 namespace {
 
 constexpr size_t kLineBytes = 64;
-constexpr size_t kFetchStep = 16;  // numbers: where kernels look whether a line is due
 
 const RowKernels& row_kernels(RowType type) {
   const ScoringKernels& kernels = scoring_kernels();
@@ -26,7 +25,7 @@ RowReader::RowReader(const Rows& rows, size_t tile_rows)
       tile_rows_(tile_rows),
       tile_(tile_rows + kMaxBlockRows),
       next_tile_(tile_rows + kMaxBlockRows),
-      wide_(rows.type == RowType::float32 ? 0 : kMaxBlockRows * (codes_ ? kDepth * kernels_.lanes : kDepth)) {
+      wide_(rows.type == RowType::float32 ? 0 : kMaxBlockRows * (codes_ ? kChunkDepth * kernels_.lanes : kChunkDepth)) {
 }
 
 void RowReader::open(size_t row, size_t count) {
@@ -37,6 +36,31 @@ void RowReader::open(size_t row, size_t count) {
     tile_[r] = at(n);
     next_tile_[r] = at(std::min(n + tile_rows_, rows_.N - 1));
   }
+  const size_t end = row + count;
+  ahead_.open(rows_, end, std::min(tile_rows_, rows_.N - end));
+}
+
+void RowReader::Ahead::open(const Rows& rows, size_t row, size_t count) {
+  const size_t row_bytes = rows.L * block_bytes(rows.type, rows.d);
+  at_ = reinterpret_cast<const char*>(row_at(rows, row));
+  stride_ = reinterpret_cast<const char*>(row_at(rows, row + 1)) - at_;
+  const bool dense = stride_ >= 0 && static_cast<size_t>(stride_) <= row_bytes + row_bytes / 8;
+  pieces_ = dense ? std::min<size_t>(count, 1) : count;
+  piece_lines_ = (dense ? count * static_cast<size_t>(stride_) : row_bytes) / kLineBytes;
+  taken_ = 0;
+  lines_ = pieces_ * piece_lines_;
+}
+
+Fetch RowReader::Ahead::take(size_t lines) {
+  if (pieces_ == 0) return {at_, 0};
+  const Fetch fetch{at_ + taken_ * kLineBytes, std::min(lines, piece_lines_ - taken_)};
+  taken_ += fetch.lines;
+  if (taken_ == piece_lines_) {
+    at_ += stride_;
+    taken_ = 0;
+    --pieces_;
+  }
+  return fetch;
 }
 
 void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t begin, size_t end,
@@ -45,36 +69,32 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
     multiply_few(b, matrix, matrix_b, out, stride);
     return;
   }
-  const size_t block_rows = matrix.block_rows(), row_bytes = rows_.L * block_bytes_;
+  const size_t block_rows = matrix.block_rows();
   const bool widen = !wide_.empty();
-  for (size_t i = 0; i < rows_.d; i += kDepth) {
-    const size_t depth = std::min(kDepth, rows_.d - i);
-    // What is read kAheadBytes later lies in the same row, or a tile further.
-    const size_t bytes = block_bytes(rows_.type, depth);
-    const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i), later = offset + kAheadBytes;
-    const char* const* const ahead_rows = later < row_bytes ? tile_.data() : next_tile_.data();
-    const size_t ahead_offset = later < row_bytes ? later : std::min(later - row_bytes, row_bytes);
+  // The next tile is fetched meanwhile, a part with every call.
+  const size_t calls = rows_.L * ((rows_.d + kChunkDepth - 1) / kChunkDepth) * (end - begin) *
+                       ((count_ + block_rows - 1) / block_rows);
+  const size_t lines = (ahead_.lines() + calls - 1) / calls;
+  for (size_t i = 0; i < rows_.d; i += kChunkDepth) {
+    const size_t depth = std::min(kChunkDepth, rows_.d - i);
+    const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i);
     for (size_t first = 0; first < count_; first += block_rows) {
       const float* rows[kMaxBlockRows];
-      const char* ahead[kMaxBlockRows];
       float scale[kMaxBlockRows];
       for (size_t r = 0; r < block_rows; ++r) {
         rows[r] = reinterpret_cast<const float*>(tile_[first + r] + offset);
-        ahead[r] = ahead_rows[first + r] + ahead_offset;
       }
       scales(b, first, block_rows, scale);
       if (widen) {
         for (size_t r = 0; r < block_rows; ++r) {
-          float* wide = wide_.data() + r * kDepth;
+          float* wide = wide_.data() + r * kChunkDepth;
           widen_row(rows[r], depth, wide);
           rows[r] = wide;
         }
       }
-      // The first panel fetches for all.
-      Fetch fetch{ahead, std::max<size_t>(1, kLineBytes * depth / bytes / kFetchStep) * kFetchStep};
-      for (size_t p = begin; p < end; ++p, fetch = {nullptr, 0}) {
+      for (size_t p = begin; p < end; ++p) {
         const Matrix::Panel& panel = matrix.panels()[p];
-        panel.kernel->run(rows, matrix.panel_at(panel, matrix_b, i), depth, fetch, scale,
+        panel.kernel->run(rows, matrix.panel_at(panel, matrix_b, i), depth, ahead_.take(lines), scale,
                           out + first * stride + panel.first, stride);
       }
     }
@@ -82,7 +102,7 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
 }
 
 void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride) {
-  const size_t max_depth = kDepth * kernels_.lanes;
+  const size_t max_depth = kChunkDepth * kernels_.lanes;
   const bool by_itself =
       matrix.count() == 1 && !codes_ && block_bytes(rows_.type, std::min(rows_.d, max_depth)) >= kLongBytes;
   const DotKernel& kernel = by_itself ? type_.long_dot : type_.dot[matrix.count() - 1];
@@ -103,7 +123,7 @@ void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, fl
         rows[r] = tile_[first + r] + offset;
         next[r] = next_rows[first + r] + next_offset;
         if (codes_) {
-          float* wide = wide_.data() + r * kDepth * kernels_.lanes;
+          float* wide = wide_.data() + r * kChunkDepth * kernels_.lanes;
           widen_row(rows[r], depth, wide);
           rows[r] = next[r] = wide;
         }

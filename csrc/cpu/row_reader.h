@@ -16,8 +16,6 @@ namespace trackstar {
 // what becomes of that is not looked at, so results need room for whole blocks.
 class RowReader {
  public:
-  static constexpr size_t kDepth = 256;  // numbers that a panel kernel sums one after another: see scoring.h
-
   RowReader(const Rows& rows, size_t tile_rows);
 
   // Goes to the tile of rows row … row + count - 1, at most tile_rows.
@@ -29,6 +27,21 @@ class RowReader {
                 size_t stride);
 
  private:
+  // What is read next, fetched in order, as memory likes it: in one piece, or row by row where rows lie far apart.
+  class Ahead {
+   public:
+    void open(const Rows& rows, size_t row, size_t count);
+    size_t lines() const { return lines_; }
+    // The next lines, at most as many, which do not come again.
+    Fetch take(size_t lines);
+
+   private:
+    const char* at_ = nullptr;
+    ptrdiff_t stride_ = 0;
+    size_t pieces_ = 0, piece_lines_ = 0, taken_ = 0;  // taken of the first piece
+    size_t lines_ = 0;                                  // of all pieces at first
+  };
+
   void multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride);
   const char* at(size_t n) const { return reinterpret_cast<const char*>(row_at(rows_, n)); }
   void widen_row(const void* stored, size_t n, float* out) const;
@@ -42,6 +55,7 @@ class RowReader {
   size_t tile_rows_;
   size_t row_ = 0, count_ = 0;
   std::vector<const char*> tile_, next_tile_;  // where rows of the tile and of the next begin
+  Ahead ahead_;
   Aligned<float> wide_;  // a block of rows as floats, if kernels do not take them as they are stored
 };
 

@@ -1,5 +1,6 @@
 #include "cpu/scan.h"
 
+#include <cmath>
 #include <limits>
 
 #ifdef _OPENMP
@@ -28,10 +29,10 @@ Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_ro
     : kernels_(scoring_kernels()),
       width_(width),
       scores_(round_up(tile_rows, kMaxBlockRows) * width),
-      tile_rows_(tile_rows),
       above_(width, kInfinity),
       below_(width, -kInfinity),
-      interesting_(width) {
+      interesting_(width),
+      tile_rows_(tile_rows) {
   for (const TopK& top : tops) {
     Selection selection{top.largest, {}};
     selection.reservoirs.reserve(top.Q);
@@ -39,6 +40,7 @@ Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_ro
       const float floor = floor_of(top.reached, q, top.largest);
       selection.reservoirs.emplace_back(top.k, N, floor);
       // Until something is known every score is of interest.
+      unsettled_ += std::isnan(floor);
       (top.largest ? above_ : below_)[q] = top.largest ? floor : -floor;
     }
     selections_.push_back(std::move(selection));
@@ -47,17 +49,19 @@ Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_ro
 
 void Scan::run(size_t begin, size_t end) {
   for (size_t row = begin; row < end; row += tile_rows_) {
-    const size_t count = std::min(tile_rows_, end - row);
-    std::fill(scores_.begin(), scores_.end(), 0.0f);
-    score(row, count);
-    for (size_t r = 0; r < count; ++r) {
-      if (!valid(row + r)) continue;
-      const float* scores = scores_.data() + r * width_;
-      const size_t found =
-          kernels_.outside(scores, above_.data(), below_.data(), width_, interesting_.data());
-      for (size_t i = 0; i < found; ++i) {
-        offer(interesting_[i], scores[interesting_[i]], static_cast<uint32_t>(row + r));
-      }
+    look(row, std::min(tile_rows_, end - row));
+  }
+}
+
+void Scan::look(size_t row, size_t count) {
+  std::fill(scores_.begin(), scores_.end(), 0.0f);
+  score(row, count);
+  for (size_t r = 0; r < count; ++r) {
+    if (!valid(row + r)) continue;
+    const float* scores = scores_.data() + r * width_;
+    const size_t found = kernels_.outside(scores, above_.data(), below_.data(), width_, interesting_.data());
+    for (size_t i = 0; i < found; ++i) {
+      offer(interesting_[i], scores[interesting_[i]], static_cast<uint32_t>(row + r));
     }
   }
 }
@@ -68,7 +72,9 @@ void Scan::offer(size_t query, float score, uint32_t position) {
     Reservoir& reservoir = selection.reservoirs[query];
     const float signed_score = selection.largest ? score : -score;
     if (!reservoir.wants(signed_score)) continue;
+    const bool known = !std::isnan(reservoir.threshold());
     reservoir.add(signed_score, position);
+    unsettled_ -= !known && !std::isnan(reservoir.threshold());
     (selection.largest ? above_ : below_)[query] =
         selection.largest ? reservoir.threshold() : -reservoir.threshold();
   }

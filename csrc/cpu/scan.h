@@ -46,14 +46,23 @@ class Scan : public Search {
   }
 
  protected:
+  // Offers what may be of interest in a tile: by default all of it is scored.
+  virtual void look(size_t row, size_t count);
   // Adds the scores of a tile to scores_, which are zero.
   virtual void score(size_t row, size_t count) = 0;
   // Whether a row of that tile takes part.
   virtual bool valid(size_t) const { return true; }
 
+  void offer(size_t query, float score, uint32_t position);
+  // Whether there is a threshold for every query.
+  bool settled() const { return unsettled_ == 0; }
+
   const ScoringKernels& kernels_;
   const size_t width_;
   Aligned<float> scores_;  // (row of the tile, width)
+  // A score that is at most the one and at least the other is of no interest.
+  Aligned<float> above_, below_;
+  std::vector<uint32_t> interesting_;
 
  private:
   struct Selection {
@@ -61,13 +70,9 @@ class Scan : public Search {
     std::vector<Reservoir> reservoirs;
   };
 
-  void offer(size_t query, float score, uint32_t position);
-
   size_t tile_rows_;
   std::vector<Selection> selections_;
-  // A score that is at most the one and at least the other is of no interest.
-  Aligned<float> above_, below_;
-  std::vector<uint32_t> interesting_;
+  size_t unsettled_ = 0;
 };
 
 // Rows to score together, given the rows that a kernel takes at once and the bytes of all that they are multiplied

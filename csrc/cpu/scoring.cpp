@@ -34,15 +34,80 @@ namespace {
 
 constexpr size_t kPanelsAtOnce = 32;  // whose chunks fit the second-level cache
 
+// Whether rounding rows first is worth it: by how many scores had to be computed all the same. Where those were too
+// many, as many rows again go by before it is tried anew: more may be ruled out by then.
+class Experience {
+ public:
+  // For k results: only a score that few rows reach rules out much.
+  bool promising(size_t k) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return seen_ >= std::max({patience_, size_t{512}, 64 * k});
+  }
+  void pass(size_t rows) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    seen_ += rows;
+  }
+  // Of the scores of that many rows, so many were computed.
+  void learn(size_t rows, size_t scores, size_t computed) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    seen_ += rows;
+    rows_ += rows;
+    scores_ += scores;
+    computed_ += computed;
+    if (rows_ < kEnough) return;
+    if (computed_ * kDear > scores_) patience_ = 2 * seen_;
+    rows_ = scores_ = computed_ = 0;
+  }
+
+ private:
+  static constexpr size_t kEnough = 192;  // rows, to judge by
+  // Scores of a scan of floats less those of bytes that take as long as to compute one by itself.
+  static constexpr size_t kDear = 16;
+
+  std::mutex mutex_;
+  size_t seen_ = 0, patience_ = 0;
+  size_t rows_ = 0, scores_ = 0, computed_ = 0;  // since it was last judged
+};
+
 class ScoreScan : public Scan {
  public:
-  ScoreScan(const Matrix& queries, const Rows& rows, const std::vector<TopK>& tops)
+  // `bytes` may be null.
+  ScoreScan(const Matrix& queries, const ByteQueries* bytes, Experience& experience, const Rows& rows,
+            const std::vector<TopK>& tops)
       : Scan(tops, rows.N, queries.width(), rows_of_tile(queries.block_rows(), queries.bytes())),
         reader_(rows, tile_rows()),
         queries_(queries),
-        L_(rows.L) {}
+        bytes_(bytes ? std::make_unique<ByteRows>(*bytes, rows) : nullptr),
+        experience_(experience),
+        L_(rows.L),
+        k_(tops.front().k),
+        scores_of_row_(tops.size() * tops.front().Q) {}
 
  private:
+  void look(size_t row, size_t count) override {
+    if (bytes_ && settled() && experience_.promising(k_)) {
+      for (size_t r = 0; r < count; r += bytes_->tile_rows()) {
+        look_at_bytes(row + r, std::min(bytes_->tile_rows(), count - r));
+      }
+    } else {
+      Scan::look(row, count);
+      experience_.pass(count);
+    }
+  }
+
+  void look_at_bytes(size_t row, size_t count) {
+    bytes_->open(row, count);
+    size_t computed = 0;
+    for (size_t r = 0; r < count; ++r) {
+      const size_t found = bytes_->doubtful(r, above_.data(), below_.data(), interesting_.data());
+      for (size_t i = 0; i < found; ++i) {
+        offer(interesting_[i], bytes_->score(r, interesting_[i]), static_cast<uint32_t>(row + r));
+      }
+      computed += found;
+    }
+    experience_.learn(count, count * scores_of_row_, computed);
+  }
+
   void score(size_t row, size_t count) override {
     reader_.open(row, count);
     const size_t panels = queries_.panels().size();
@@ -58,80 +123,48 @@ class ScoreScan : public Scan {
 
   RowReader reader_;
   const Matrix& queries_;
-  size_t L_;
-};
-
-// Whether rounding rows first is worth it: by what was left of their scores to be looked at again, and to be computed.
-// Where that was too much, as many rows again go by before it is tried anew: more may be ruled out by then.
-class Experience {
- public:
-  bool promising() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return seen_ >= patience_;
-  }
-  // Of that many rows' scores, so many were doubted, and computed.
-  void learn(size_t rows, double scores, double doubted, double computed) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    seen_ += rows;
-    if (computed + doubted / kLooks > scores / kScores) patience_ = 2 * seen_;
-  }
-
- private:
-  // Second looks, and scores of a scan of floats less those of bytes, that take as long as to compute one score.
-  static constexpr double kLooks = 16, kScores = 32;
-
-  std::mutex mutex_;
-  size_t seen_ = 0, patience_ = 0;
+  std::unique_ptr<ByteRows> bytes_;
+  Experience& experience_;
+  size_t L_, k_, scores_of_row_;
 };
 
 }  // namespace
 
 struct Queries::Layout {
-  Layout(const float* values, size_t Q, size_t L, size_t d) : matrix(Q, L, d) {
+  Layout(const float* values, size_t Q, size_t L, size_t d, bool round) : matrix(Q, L, d) {
     for (size_t b = 0; b < L; ++b) matrix.set_block(b, values + b * d, L * d);
-    // With fewer, or without fast products of bytes, rounding costs more than it saves.
-    if (Q >= kLeast && isa() != Isa::baseline && ByteQueries::fits(d))
-      bytes = std::make_unique<ByteQueries>(values, Q, L, d);
+    if (round && ByteQueries::fits(Q, d)) bytes = std::make_unique<ByteQueries>(values, Q, L, d);
   }
-
-  static constexpr size_t kLeast = 32;
 
   Matrix matrix;
   std::unique_ptr<const ByteQueries> bytes;
   Experience experience;
 };
 
-Queries::Queries(const float* values, size_t Q, size_t L, size_t d) : layout_(new Layout(values, Q, L, d)) {}
+namespace {
+
+template <typename Layout>
+void scan(Layout& queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
+  run_scans(rows.N, tops, threads, [&] {
+    return std::make_unique<ScoreScan>(queries.matrix, queries.bytes.get(), queries.experience, rows, tops);
+  });
+}
+
+}  // namespace
+
+Queries::Queries(const float* values, size_t Q, size_t L, size_t d)
+    : layout_(new Layout(values, Q, L, d, true)) {}
 Queries::~Queries() = default;
 
 void score_topk(const Queries& queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
-  Queries::Layout& layout = *queries.layout_;
-  bool known = layout.bytes != nullptr;
-  for (const TopK& top : tops) known = known && top.reached != nullptr;
-  if (!known || !layout.experience.promising()) {
-    run_scans(rows.N, tops, threads, [&] { return std::make_unique<ScoreScan>(layout.matrix, rows, tops); });
-    layout.experience.learn(rows.N, 0, 0, 0);
-    return;
-  }
-  const auto searches =
-      make_scans(rows.N, threads, [&] { return std::make_unique<ByteSearch>(*layout.bytes, rows, tops); });
-  run_scans(searches, rows.N, tops);
-  double doubted = 0, computed = 0;
-  for (const auto& search : searches) {
-    doubted += static_cast<const ByteSearch&>(*search).doubted();
-    for (size_t top = 0; top < tops.size(); ++top) {
-      for (size_t q = 0; q < tops[top].Q; ++q) computed += static_cast<double>(search->rescored(top, q));
-    }
-  }
-  const auto scores = static_cast<double>(tops.size() * tops.front().Q) * static_cast<double>(rows.N);
-  layout.experience.learn(rows.N, scores, doubted, computed);
+  scan(*queries.layout_, rows, tops, threads);
 }
 
 void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
   if (is_coded(rows.type)) return coded_topk(queries, rows, tops, threads);
-  Matrix matrix(tops.front().Q, rows.L, rows.d);
-  for (size_t b = 0; b < rows.L; ++b) matrix.set_block(b, queries + b * rows.d, rows.L * rows.d);
-  run_scans(rows.N, tops, threads, [&] { return std::make_unique<ScoreScan>(matrix, rows, tops); });
+  constexpr size_t kWorthRounding = 2048;  // rows
+  Queries::Layout layout(queries, tops.front().Q, rows.L, rows.d, rows.N >= kWorthRounding);
+  scan(layout, rows, tops, threads);
 }
 
 }  // namespace trackstar

@@ -131,13 +131,11 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
   for (int r = 0; r < kPanelRows; ++r) row[r] = rows[r];
   Vec sum[kPanelRows][kVecs] = {};
   const size_t whole = depth / kGroup * kGroup;
-  size_t line = 0, due = 0;
+  const size_t together = (fetch.lines * kStep + depth - 1) / depth;
+  const char *next = fetch.from, *const last = next + fetch.lines * kLineBytes;
   for (size_t step = 0; step < whole; step += kStep) {
-    if (fetch.from != nullptr && step == due) {
-#pragma GCC unroll 12
-      for (int r = 0; r < kPanelRows; ++r) __builtin_prefetch(fetch.from[r] + line);
-      line += kLineBytes;
-      due += fetch.step;
+    for (size_t line = 0; line < together && next < last; ++line, next += kLineBytes) {
+      __builtin_prefetch(next, 0, 2);
     }
     const size_t end = step + kStep < whole ? step + kStep : whole;
     for (size_t k = step; k < end; k += kGroup) {
@@ -185,9 +183,9 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
   }
 }
 
-// ---- Single scores of many queries: vectors along the rows, in the order of a panel ------------------------
+// ---- One row and one query: vectors along chunks, each summed in the order of a panel ----------------------
 
-constexpr int kAcross = kLanes / kGroup;  // rows of a vector
+constexpr int kAcross = kLanes / kGroup;  // chunks of a vector
 
 #if defined(__AVX512F__)
 typedef double Group;
@@ -204,65 +202,74 @@ typedef float Group;
 #endif
 typedef Group Groups __attribute__((vector_size(kLanes * sizeof(float))));
 
-inline void transpose(Groups* rows) {
+inline void transpose(Groups* chunks) {
 #pragma GCC unroll 3
   for (int width = 1; width < kAcross; width *= 2) {
     Groups next[kAcross];
 #pragma GCC unroll 4
     for (int i = 0; i < kAcross / 2; ++i) {
-      const Groups first = rows[i], second = rows[i + kAcross / 2];
+      const Groups first = chunks[i], second = chunks[i + kAcross / 2];
       next[2 * i] = __builtin_shufflevector(first, second, TRACKSTAR_LOW);
       next[2 * i + 1] = __builtin_shufflevector(first, second, TRACKSTAR_HIGH);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kAcross; ++i) rows[i] = next[i];
+    for (int i = 0; i < kAcross; ++i) chunks[i] = next[i];
   }
 }
 
-// Adds the products of a vector of each row with one of the query.
-inline void add_across(const float* const* rows, size_t k, const float* query, Vec& sum) {
+// Adds the products of a vector of each chunk with what the query has for them.
+inline void add_across(const float* const* chunks, size_t k, const float* query, Vec& sum) {
   Groups groups[kAcross];
 #pragma GCC unroll 8
-  for (int r = 0; r < kAcross; ++r) groups[r] = (Groups)load(rows[r] + k);
+  for (int c = 0; c < kAcross; ++c) groups[c] = (Groups)load(chunks[c] + k);
   transpose(groups);
 #pragma GCC unroll 8
-  for (int g = 0; g < kAcross; ++g) sum += (Vec)groups[g] * repeat(query + g * kGroup);
+  for (int g = 0; g < kAcross; ++g) sum += (Vec)groups[g] * load(query + g * kLanes);
 }
 
-template <typename T>
-__attribute__((noinline)) void alone(const void* const* rows, const float* query, size_t depth,
-                                     const float* scale, float* scores) {
-  constexpr bool kWiden = sizeof(T) != sizeof(float);
-  const float* row[kAloneRows];
-  alignas(64) float wide[kWiden ? kAloneRows : 1][kAloneDepth];
-  for (int r = 0; r < kAloneRows; ++r) {
-    if constexpr (kWiden) {
-      widen(static_cast<const T*>(rows[r]), static_cast<ptrdiff_t>(depth), wide[r]);
-      row[r] = wide[r];
-    } else {
-      row[r] = static_cast<const float*>(rows[r]);
+// The sums of kAcross chunks.
+inline Vec sum_across(const float* const* chunks, const float* query, size_t depth) {
+  const size_t whole = depth / kLanes * kLanes;
+  Vec sum = {};
+  for (size_t k = 0; k < whole; k += kLanes) add_across(chunks, k, query + k * kAcross, sum);
+  if (whole < depth) {
+    // The last numbers, padded with zeros to a vector.
+    float tail[kAcross][kLanes] = {};
+    const float* tails[kAcross];
+    for (int c = 0; c < kAcross; ++c) {
+      for (size_t j = whole; j < depth; ++j) tail[c][j - whole] = chunks[c][j];
+      tails[c] = tail[c];
+    }
+    add_across(tails, 0, query + whole * kAcross, sum);
+  }
+  return kGroup == 1 ? sum : fold(sum, sum);
+}
+
+float score_row(const float* row, const float* query, size_t L, size_t d, const float* scales, float* sums) {
+  const size_t full = d / kChunkDepth, rest = d % kChunkDepth, of_block = full + (rest > 0);
+  // First all whole chunks, then what is left of each block.
+  for (int last = 0; last < 2; ++last) {
+    const size_t count = last ? (rest > 0 ? L : 0) : L * full, depth = last ? rest : kChunkDepth;
+    const size_t padded = (depth + kLanes - 1) / kLanes * kLanes;
+    for (size_t first = 0; first < count; first += kAcross, query += padded * kAcross) {
+      const float* chunks[kAcross];
+      size_t at[kAcross];
+      for (size_t c = 0; c < kAcross; ++c) {
+        const size_t n = first + c < count ? first + c : count - 1;
+        const size_t b = last ? n : n / full, i = last ? full : n % full;
+        chunks[c] = row + b * d + i * kChunkDepth;
+        at[c] = b * of_block + i;
+      }
+      float found[kLanes];
+      store(found, sum_across(chunks, query, depth));
+      for (size_t c = 0; c < kAcross && first + c < count; ++c) sums[at[c]] = found[c];
     }
   }
-  const size_t whole = depth / kLanes * kLanes, rest = depth - whole;
-  // The last numbers, padded with zeros to a vector.
-  float row_tail[kAloneRows][kLanes] = {}, query_tail[kLanes] = {};
-  for (size_t j = 0; j < rest; ++j) {
-    for (int r = 0; r < kAloneRows; ++r) row_tail[r][j] = row[r][whole + j];
-    query_tail[j] = query[whole + j];
+  float score = 0;
+  for (size_t b = 0; b < L; ++b) {
+    for (size_t i = 0; i < of_block; ++i) score += scales[b] * sums[b * of_block + i];
   }
-#pragma GCC unroll 2
-  for (int first = 0; first < kAloneRows; first += kAcross) {
-    Vec sum = {};
-    for (size_t k = 0; k < whole; k += kLanes) add_across(row + first, k, query + k, sum);
-    if (rest > 0) {
-      const float* tails[kAcross];
-      for (int r = 0; r < kAcross; ++r) tails[r] = row_tail[first + r];
-      add_across(tails, 0, query_tail, sum);
-    }
-    float sums[kLanes];
-    store(sums, kGroup == 1 ? sum : fold(sum, sum));
-    for (int r = 0; r < kAcross; ++r) scores[first + r] += scale[first + r] * sums[r];
-  }
+  return score;
 }
 
 // ---- The rest ---------------------------------------------------------------------------------------------
@@ -329,7 +336,6 @@ template <typename T>
 constexpr RowKernels row_kernels() {
   return {{dot_kernel<1, T>(), dot_kernel<2, T>(), dot_kernel<3, T>(), dot_kernel<4, T>()},
           {1, dot<1, 1, T>},
-          alone<T>,
           widen_row<T>};
 }
 
@@ -348,6 +354,7 @@ const ScoringKernels scoring_kernels = {
     row_kernels<Bfloat16>(),
     panel_kernel<1>(),
     panel_kernel<2>(),
+    score_row,
     sum_of_squares,
     outside,
 };

@@ -24,10 +24,11 @@ struct DotKernel {
               const float* scale, float* scores, size_t score_stride);
 };
 
-// Lines to fetch: with every `step` numbers of depth that a kernel works on, one more at the address of each row.
+// Lines to fetch, one after another, while a kernel works. Into the second-level cache: there is more than the first
+// holds until they are read.
 struct Fetch {
-  const char* const* from;  // null: nothing
-  size_t step;
+  const char* from;
+  size_t lines;
 };
 
 // Many queries: panel[k / group][query][k % group], zeros where k ≥ depth.
@@ -43,8 +44,7 @@ constexpr size_t kAheadBytes = 1024;  // how long before a row is read its lines
 constexpr int kMaxDotQueries = 4;
 constexpr int kMaxBlockRows = 12;
 
-constexpr int kAloneRows = 8;
-constexpr size_t kAloneDepth = 256;
+constexpr size_t kChunkDepth = 256;  // numbers that are summed one after another: see scoring.h
 
 // What rows of one type need.
 struct RowKernels {
@@ -52,9 +52,6 @@ struct RowKernels {
   // Of one query, a row at a time, with the bits of dot[0]: fetches the row's pages and does not look at `next`. With
   // more queries these, and not memory, would be waited for.
   DotKernel long_dot;
-  // scores[r] += scale[r] · Σ_k rows[r][k] · query[k] for kAloneRows rows, with the bits that PanelKernel gives them;
-  // depth is at most kAloneDepth.
-  void (*alone)(const void* const* rows, const float* query, size_t depth, const float* scale, float* scores);
   void (*widen)(const void* in, size_t n, float* out);  // to what a panel kernel takes
 };
 
@@ -63,6 +60,13 @@ struct ScoringKernels {
   int group;  // numbers of depth side by side in a panel
   RowKernels single, half, bfloat16;
   PanelKernel narrow, wide;  // panels one and two vectors wide
+
+  // Σ_b scales[b] · Σ_k row[b][k] · query_b[k] of one row (L, d) and one query, with the bits that PanelKernel gives
+  // them. Chunks of kChunkDepth numbers lie side by side in the query, lanes / group of them, those of all blocks one
+  // after another and zeros where there is none: [k / group][chunk][k % group], depths padded with zeros to whole
+  // vectors. Behind them in the same way what is left of each block. `sums` has room for one of every chunk.
+  float (*score_row)(const float* row, const float* query, size_t L, size_t d, const float* scales, float* sums);
+
   float (*sum_of_squares)(const float* in, size_t n);
 
   // Which of n scores are neither at most `above` nor at least `below`, each its own: NaNs and those beyond a

@@ -31,7 +31,7 @@ struct Task::Layout {
 Task::Layout::Layout(const Shape& shape) : shape(shape), factors(shape.L, Matrix(shape.rank, 1, shape.d)) {
   const size_t step = scoring_kernels().group;
   padded_rank = (factors.front().width() + step - 1) / step * step;
-  group_blocks = std::min(shape.L, std::max<size_t>(1, RowReader::kDepth / padded_rank));
+  group_blocks = std::min(shape.L, std::max<size_t>(1, kChunkDepth / padded_rank));
   for (size_t b = 0; b < shape.L; b += group_blocks) {
     combine.emplace_back(shape.Q, std::min(group_blocks, shape.L - b), shape.rank, padded_rank);
   }
@@ -100,8 +100,8 @@ class TaskScan : public Scan {
   // scores_ += products_ (count, width) times the matrix.
   void combine(size_t count, const Matrix& matrix, size_t width) {
     const size_t block_rows = matrix.block_rows();
-    for (size_t i = 0; i < width; i += RowReader::kDepth) {
-      const size_t depth = std::min(RowReader::kDepth, width - i);
+    for (size_t i = 0; i < width; i += kChunkDepth) {
+      const size_t depth = std::min(kChunkDepth, width - i);
       for (size_t first = 0; first < count; first += block_rows) {
         const float* rows[kMaxBlockRows];
         float scales[kMaxBlockRows];
@@ -110,7 +110,7 @@ class TaskScan : public Scan {
           scales[r] = 1;
         }
         for (const Matrix::Panel& panel : matrix.panels()) {
-          panel.kernel->run(rows, matrix.panel_at(panel, 0, i), depth, {nullptr, 0}, scales,
+          panel.kernel->run(rows, matrix.panel_at(panel, 0, i), depth, Fetch{nullptr, 0}, scales,
                             scores_.data() + first * width_ + panel.first, width_);
         }
       }

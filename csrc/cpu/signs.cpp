@@ -66,7 +66,7 @@ namespace {
 class SignSearch : public Filter {
  public:
   SignSearch(const Sought& sought, const SignTables& tables, const std::vector<TopK>& tops)
-      : Filter(sought, tops, false),
+      : Filter(sought, tops),
         tables_(tables),
         Q_(tops.front().Q),
         scores_(Q_ * kTileRows),
