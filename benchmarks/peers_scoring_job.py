@@ -18,7 +18,7 @@ import numpy as np
 BLOCK = 256
 """Numbers of a row that belong to one module."""
 
-MEMORY = 48_000_000
+MEMORY = 64_000_000
 """Bytes that our scan may take."""
 
 PIECE = 1024

@@ -215,6 +215,19 @@ void score_queries_at(const CheckedQueries& queries, const Rows& rows, const std
   score_topk(queries.of(rows), rows, tops, threads);
 }
 
+Found found_at(std::uintptr_t scores, std::uintptr_t positions, std::int64_t k) {
+  check_sizes("k", {k});
+  return {array<const float>("scores", scores), array<const std::int64_t>("positions", positions),
+          static_cast<size_t>(k)};
+}
+
+void merge_topk_at(const std::vector<Found>& parts, const TopK& top) {
+  size_t held = 0;
+  for (const Found& part : parts) held += part.k;
+  require(top.k <= held, "parts must hold at least k results");
+  merge_topk(parts, top);
+}
+
 void rescored_topk_at(std::uintptr_t queries, const Rows& codes, const Rows& wider,
                       std::uintptr_t squared_norms, const std::vector<TopK>& tops, std::uintptr_t rescored,
                       int threads) {
@@ -384,6 +397,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("Q"), py::arg("L"), py::arg("d"));
   m.def("score_queries", &score_queries_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "score_topk: see csrc/scoring.h.");
+  py::class_<Found>(m, "Found", "What a scan found, by address: see csrc/scoring.h.")
+      .def(py::init(&found_at), py::arg("scores"), py::arg("positions"), py::arg("k"));
+  m.def("merge_topk", &merge_topk_at, py::arg("parts"), py::arg("top"),
+        py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
   m.def("rescored_topk", &rescored_topk_at, py::arg("queries"), py::arg("codes"), py::arg("wider"),
         py::arg("squared_norms"), py::arg("tops"), py::arg("rescored"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");

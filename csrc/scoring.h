@@ -32,17 +32,28 @@ struct TopK {
   const float* reached = nullptr;
 };
 
+// The k best rows of one scan for each of some queries: scores (Q, k) and positions (Q, k).
+struct Found {
+  const float* scores;
+  const int64_t* positions;
+  size_t k;
+};
+
+// The best of what several scans of other rows found for the same queries, at least top.k in all.
+void merge_topk(const std::vector<Found>& parts, const TopK& top);
+
 // score(q, n) = Σ_b scales[n, b] · Σ_j queries[q, b, j] · rows[n, b, j]          queries (Q, L, d), dense
 //
 // One scan fills one result or several, such as the largest and the smallest scores; their Q are equal.
 //
-// Every score is accumulated in float32, in an order that depends on d and on whether Q ≤ 4 alone: chunks
+// Every score is accumulated in float32, in an order that depends on d and on whether Q ≤ 8 alone: chunks
 // that never cross a block, each summed from zero, then scaled and added one after another. With more than
-// four queries a chunk is 256 numbers, of which those at even and at odd places are summed in order and then
-// added (on vectors of four floats: all of them in order); with up to four it is 256 vectors, whose lanes are
+// eight queries a chunk is 256 numbers, of which those at even and at odd places are summed in order and then
+// added (on vectors of four floats: all of them in order); with up to eight it is 256 vectors, whose lanes are
 // added last, in pairs. So within each of the two cases a score has the same bits whatever the other queries and
-// rows, their number, and `threads`. Many queries take float rows rounded to bytes first, and compute only those scores
-// that may be among the best, as long as those are few. Scores with int8, int4 and sign rows always have the bits of the second case.
+// rows, their number, and `threads`. Many queries take float rows rounded to bytes first, and compute only those
+// scores that may be among the best, as long as those are few. Scores with int8, int4 and sign rows always have the
+// bits of the second case.
 void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
 
 // Queries (Q, L, d), dense, in the layouts of the kernels: made once, for any number of scans of rows that are not
@@ -111,7 +122,7 @@ class Task {
 //
 // A row whose norm is less than `trusted` of its squared norms has lost it to rounding: it is left out of the
 // result and marked in doubtful (N). Only the first min(k, rows not marked) results of each query are filled.
-// Accumulated in float32, norms over blocks in float64; the order depends on rank, d and whether rank ≤ 4 alone.
+// Accumulated in float32, norms over blocks in float64; the order depends on rank, d and whether rank ≤ 8 alone.
 void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
                 bool* doubtful, int threads);
 

@@ -40,6 +40,8 @@ def task(blocks=(0, 1), weighted=True):
     return made
 
 
+FOUND = {"scores": HERE, "positions": HERE, "k": 2}
+MERGED = {"parts": [_C.Found(**FOUND)], "top": top()}
 SCORED = {"queries": HERE, "rows": rows(), "tops": [top()], "threads": 1}
 PACKED = SCORED | {"queries": _C.Queries(**QUERIES)}
 RESCORED = {"queries": HERE, "codes": codes(), "wider": rows(), "squared_norms": HERE, "tops": [top()]}
@@ -84,6 +86,8 @@ MISTAKES = [
         }.items()
         for value in values
     ),
+    *((_C.Found, FOUND, name, value) for name in FOUND for value in (0, -1)),
+    *((_C.merge_topk, MERGED, "parts", value) for value in ([], [_C.Found(**FOUND | {"k": 1})], None, [None])),
     (_C.score_topk, SCORED, "queries", 0),
     *((_C.Queries, QUERIES, name, value) for name in ("Q", "L", "d") for value in (0, -1, 2**47, 2**62)),
     (_C.Queries, QUERIES, "values", 0),
@@ -131,6 +135,8 @@ MISTAKES = [
         (_C.TopK, TOP),
         (_C.Task, TASK),
         (_C.Queries, QUERIES),
+        (_C.Found, FOUND),
+        (_C.merge_topk, MERGED),
         (_C.score_topk, SCORED),
         (_C.score_queries, PACKED),
         (_C.rescored_topk, RESCORED),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import trackstar_kernels as tk
 from trackstar_kernels import _C, scoring
 from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
+from trackstar_kernels.scoring._merge import best_first
 from trackstar_kernels.scoring._hessian import Hessian
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
@@ -154,7 +155,7 @@ def test_odd_shapes(Q, N, L, d, dtype, largest, scaled, part, isa):
 @pytest.mark.parametrize("regime", ["few", "many"])
 def test_scores_do_not_depend_on_company(backend, dtype, regime):
     """A score has the same bits at any place among any queries and rows, and with any number of threads."""
-    Q, N, D = (4, 203, 700) if regime == "few" else (45, 203, 700)
+    Q, N, D = (8, 203, 700) if regime == "few" else (45, 203, 700)
     queries, rows = randn(Q, D), randn(N, D, seed=1, dtype=dtype)
 
     def everything(queries, rows):
@@ -167,7 +168,7 @@ def test_scores_do_not_depend_on_company(backend, dtype, regime):
         with threads(n):
             assert torch.equal(everything(queries, rows), whole)
     assert torch.equal(everything(queries.flip(0), rows).flip(0), whole)
-    for first, last in [(0, 1), (1, 4), (0, 3)] if regime == "few" else [(0, 5), (3, 12), (20, 45), (7, 24)]:
+    for first, last in [(0, 1), (1, 4), (0, 3), (1, 8)] if regime == "few" else [(0, 9), (3, 12), (20, 45), (7, 24)]:
         assert torch.equal(everything(queries[first:last], rows), whole[first:last])
     for first, last in [(0, 1), (1, 8), (5, 60), (100, 203)]:
         assert torch.equal(everything(queries, rows[first:last]), whole[:, first:last])
@@ -188,6 +189,24 @@ def test_merged_shards_equal_the_whole(backend, largest, Q, pieces):
     merged = merge_topk(parts, 30, largest)
     whole = tk.score_topk(queries, rows, 30, largest=largest, start=50, backend=backend)
     assert torch.equal(merged[0], whole[0]) and torch.equal(merged[1], whole[1])
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_merging_is_sorting(largest, k):
+    """Scores of few values, infinities, both zeros and NaN; indices beyond 32 bits, in no order."""
+    values = torch.tensor([1.5, -1.5, 0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    generator = torch.Generator().manual_seed(k)
+    scores = values[torch.randint(len(values), (9, 50), generator=generator)]
+    indices = torch.stack([torch.randperm(50, generator=generator) for _ in range(9)]) * 2**33
+    order = best_first(scores, indices, largest)[:, :k]
+    for sizes in ([50], [1, 20, 29]):
+        parts = zip(scores.split(sizes, 1), indices.split(sizes, 1), strict=True)
+        found = merge_topk(list(parts), k, largest)
+        assert torch.equal(found[0].nan_to_num(2), scores.gather(1, order).nan_to_num(2))
+        assert torch.equal(found[1], indices.gather(1, order))
+    with pytest.raises(ValueError, match=r"parts must be scores \(Q, k\)"):
+        merge_topk([(scores, indices), (scores[:4], indices[:4])], k, largest)
 
 
 @pytest.mark.parametrize("largest", [True, False])

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/ahead.h"
 #include "cpu/aligned.h"
 #include "cpu/filter.h"
 #include "cpu/isa.h"
@@ -73,7 +74,7 @@ class CodedSearch : public Filter {
         which_(rounded.width),
         squares_(tile_rows_) {
     if (rounded.panels.empty()) return;
-    bytes_.resize(tile_rows_ * rows_.L * rounded.padded);
+    bytes_.resize(tile_rows_ * RoundedQueries::row_stride(rows_.L * rounded.padded));
     scales_.resize(rows_.L * tile_rows_);
   }
 
@@ -114,20 +115,20 @@ class CodedSearch : public Filter {
   }
 
   void score_panels(size_t row, size_t count) {
-    const size_t stride = rows_.L * rounded_.padded;
+    const size_t stride = RoundedQueries::row_stride(rows_.L * rounded_.padded);
     for (size_t r = 0; r < count; ++r) {
       const float* scale = scales(row + r);
       squares_[r] = code_.expand(row_at(rows_, row + r), block_bytes_, scale, rows_.L, rows_.d,
                                  bytes_.data() + r * stride);
       for (size_t b = 0; b < rows_.L; ++b) scales_[b * tile_rows_ + r] = scale[b];
     }
-    // Meanwhile the next tile is fetched, a few lines for every call of the kernel.
+    // Meanwhile the next tile is fetched, a part with every call of the kernel.
+    Ahead ahead;
+    ahead.open(rows_, row + count, tile_rows_);
+    const size_t block_rows = rounded_.panels.front().kernel->rows;
     const size_t calls =
-        rows_.L * rounded_.chunks * rounded_.panels.size() *
-        ((count + rounded_.panels.front().kernel->rows - 1) / rounded_.panels.front().kernel->rows);
-    const uint8_t* next = row_at(rows_, row + count);
-    const size_t lines =
-        (static_cast<size_t>(row_at(rows_, row + 2 * count) - next) / 64 + calls - 1) / calls;
+        rows_.L * rounded_.chunks * rounded_.panels.size() * ((count + block_rows - 1) / block_rows);
+    const size_t lines = (ahead.lines() + calls - 1) / calls;
     std::fill(scores_.begin(), scores_.end(), 0.0f);
     for (size_t b = 0; b < rows_.L; ++b) {
       for (size_t chunk = 0; chunk < rounded_.chunks; ++chunk) {
@@ -137,9 +138,8 @@ class CodedSearch : public Filter {
           const CodedPanelKernel& kernel = *panel.kernel;
           const size_t width = kernel.queries;
           for (size_t r = 0; r < count; r += kernel.rows) {
-            for (size_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
             kernel.run(bytes_.data() + r * stride + b * rounded_.padded + from, stride,
-                       panel.codes.data() + (b * rounded_.padded + from) * width, depth,
+                       panel.codes.data() + (b * rounded_.padded + from) * width, depth, ahead.take(lines),
                        panel.starts.data() + (b * rounded_.chunks + chunk) * width,
                        scales_.data() + b * tile_rows_ + r, panel.scales.data() + b * width,
                        scores_.data() + r * rounded_.width + panel.first, rounded_.width);

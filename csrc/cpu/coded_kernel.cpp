@@ -251,23 +251,30 @@ constexpr int kPanelRows = 4;
 
 template <int kVecs>
 __attribute__((noinline)) void panel(const uint8_t* rows, size_t row_stride, const int8_t* panel,
-                                     size_t depth, const int32_t* starts, const float* scale,
-                                     const float* query_scales, float* scores, size_t score_stride) {
+                                     size_t depth, const FetchLines& fetch, const int32_t* starts,
+                                     const float* scale, const float* query_scales, float* scores,
+                                     size_t score_stride) {
+  constexpr size_t kStep = 32;
   Sums sum[kPanelRows][kVecs];
 #pragma GCC unroll 12
   for (int r = 0; r < kPanelRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) sum[r][v] = load_sums(starts + v * kLanes);
   }
-  for (size_t k = 0; k < depth; k += 4) {
-    Bytes query[kVecs];
+  Spread ahead(fetch, (depth + kStep - 1) / kStep);
+  for (size_t step = 0; step < depth; step += kStep) {
+    ahead.next();
+    const size_t end = step + kStep < depth ? step + kStep : depth;
+    for (size_t k = step; k < end; k += 4) {
+      Bytes query[kVecs];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) query[v] = load_bytes(panel + (k * kVecs + 4 * v) * kLanes);
+      for (int v = 0; v < kVecs; ++v) query[v] = load_bytes(panel + (k * kVecs + 4 * v) * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < kPanelRows; ++r) {
-      const Bytes four = splat_four(rows + r * row_stride + k);
+      for (int r = 0; r < kPanelRows; ++r) {
+        const Bytes four = splat_four(rows + r * row_stride + k);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = dot4(sum[r][v], four, query[v]);
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = dot4(sum[r][v], four, query[v]);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -283,12 +290,11 @@ __attribute__((noinline)) void panel(const uint8_t* rows, size_t row_stride, con
 // ---- Queries, scales, thresholds --------------------------------------------------------------------------
 
 void sizes(const float* values, size_t n, float* largest, float* square) {
-  Sums most = {};  // as whole numbers floats are in order, and NaN is the largest of all
-  Vec squares = {};
+  Vec most = {}, squares = {};
   const auto add = [&](Vec value) {
-    const Sums size = (Sums)value & 0x7FFFFFFF;
-    most = most > size ? most : size;
-    squares += value * value;
+    const Vec size = value < 0 ? -value : value;
+    most = size <= most ? most : size;  // a NaN stays
+    squares += size * size;
   };
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) add(load(values + i));
@@ -298,8 +304,8 @@ void sizes(const float* values, size_t n, float* largest, float* square) {
     add(load(tail));
   }
   sum_lanes<1>(&squares, square);
-  int32_t top = 0;
-  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
+  // NaN is the largest of all, as whole numbers too.
+  const int32_t top = largest_of((Sums)most);
   __builtin_memcpy(largest, &top, sizeof(top));
 }
 
@@ -335,34 +341,72 @@ float round(const float* values, size_t d, int8_t* codes, double* squares) {
   return scale;
 }
 
-float to_bytes(const float* values, size_t d, uint8_t* bytes, float* squares) {
+// Calls use(values, i) for every vector of n numbers, the last one padded with zeros.
+template <typename Use>
+inline void for_vectors(const float* values, size_t n, Use use) {
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) use(load(values + i), i);
+  if (i < n) {
+    float tail[kLanes] = {};
+    for (size_t j = 0; i + j < n; ++j) tail[j] = values[i + j];
+    use(load(tail), i);
+  }
+}
+
+void to_bytes(const float* values, const Runs& runs, const float* blocks, const FetchLines& fetch,
+              uint8_t* bytes, float* scales, size_t stride, double* squares) {
   constexpr float kMagic = 0x1.8p23f + 128;  // of which whole numbers, plus 128, are the last bits
   constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
-  float largest, square;
-  sizes(values, d, &largest, &square);
-  if (!(largest <= kLargest) || (largest < kSmallest && largest != 0)) return __builtin_nanf("");
-  const float scale = largest / 127;
-  const Vec unit = splat(scale == 0 ? 0.0f : 127 / largest), size = splat(scale);
-  Vec lost = {};
-  const auto add = [&](Vec value, uint8_t* to) {
-    const Vec code = value * unit + splat(kMagic);
-    const Vec rest = value - size * (code - splat(kMagic));
-    lost += rest * rest;
-    typedef uint8_t Out __attribute__((vector_size(kLanes), aligned(1), may_alias));
-    *reinterpret_cast<Out*>(to) = (Out) __builtin_convertvector((Sums)code, Quarter);
-  };
-  size_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) add(load(values + i), bytes + i);
-  if (i < d) {
-    float tail[kLanes] = {};
-    for (size_t j = 0; i + j < d; ++j) tail[j] = values[i + j];
-    add(load(tail), bytes + i);
-    i += kLanes;
+  constexpr size_t kTogether = 16;  // runs, whose sizes are found first: no run waits for its own
+  Spread ahead(fetch, 2 * runs.count);
+  for (size_t first = 0; first < runs.count; first += kTogether) {
+    const size_t count = runs.count - first < kTogether ? runs.count - first : kTogether;
+    float largest[kTogether];
+    for (size_t i = 0; i < count; ++i) {
+      ahead.next();
+      Sums most = {};  // as whole numbers floats are in order, and NaN is the largest of all
+      for_vectors(values + i * runs.size, runs.size, [&](Vec value, size_t) {
+        const Sums size = (Sums)value & 0x7FFFFFFF;
+        most = most > size ? most : size;
+      });
+      const int32_t top = largest_of(most);
+      __builtin_memcpy(&largest[i], &top, sizeof(top));
+    }
+    Vec square = {}, lost = {};
+    for (size_t i = 0; i < count; ++i, values += runs.size, bytes += runs.padded) {
+      ahead.next();
+      const float most = largest[i], block = blocks[(first + i) / runs.of_block];
+      const bool fits = most == 0 || (most >= kSmallest && most <= kLargest);
+      const float scale = fits ? most / 127 : __builtin_nanf("");
+      const Vec unit = splat(most == 0 ? 0.0f : 127 / most), size = splat(scale);
+      Vec square_of_run = {}, lost_of_run = {};
+      for_vectors(values, runs.size, [&](Vec value, size_t k) {
+        const Vec code = value * unit + splat(kMagic);
+        const Vec rest = value - size * (code - splat(kMagic));
+        square_of_run += value * value;
+        lost_of_run += rest * rest;
+        store_low_bytes(bytes + k, (Sums)code);
+      });
+      for (size_t k = (runs.size + kLanes - 1) / kLanes * kLanes; k < runs.padded; ++k) bytes[k] = 128;
+      square += splat(block * block) * square_of_run;
+      lost += splat(block * block) * lost_of_run;
+      scales[(first + i) * stride] = scale * block;
+    }
+    squares[0] += sum_of(square);
+    squares[1] += sum_of(lost);
   }
-  for (; i % kBytes != 0; ++i) bytes[i] = 128;
-  squares[0] += square;
-  squares[1] += sum_of(lost);
-  return scale;
+}
+
+float product(const uint8_t* bytes, const int8_t* codes, size_t runs, size_t padded, const int32_t* starts,
+              const float* row_scales, size_t stride, const float* query_scales) {
+  float total = 0;
+  for (size_t i = 0; i < runs; ++i, bytes += padded, codes += padded) {
+    Sums sums = {starts[i]};
+    for (size_t k = 0; k < padded; k += kBytes)
+      sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
+    total += row_scales[i * stride] * query_scales[i] * static_cast<float>(sum_of(sums));
+  }
+  return total;
 }
 
 // Bit i: whether lane i is not at most its limit.
@@ -400,8 +444,8 @@ size_t doubtful(const float* scores, size_t n, float a, const float* wide, float
   size_t count = 0, q = 0;
   for (; q + kLanes <= n; q += kLanes) {
     const Vec score = load(scores + q), margin = a * load(wide + q) + b * load(far + q);
-    for (unsigned lanes = lanes_above(score + margin, load(above + q)) |
-                          lanes_above(load(below + q), score - margin);
+    for (unsigned lanes =
+             lanes_above(score + margin, load(above + q)) | lanes_above(load(below + q), score - margin);
          lanes != 0; lanes &= lanes - 1) {
       which[count++] = static_cast<uint32_t>(q) + static_cast<uint32_t>(__builtin_ctz(lanes));
     }
@@ -433,6 +477,7 @@ const CodedKernels coded_kernels = {
     kTop,
     round,
     to_bytes,
+    product,
     sizes,
     code_kernels<Int8Codes>(),
     code_kernels<Int4Codes>(),

@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "cpu/fetch_lines.h"
+
 namespace trackstar {
 
 constexpr size_t kMaxPiece = 65536;  // elements of a block whose products surely fit 32 bits
@@ -54,13 +56,18 @@ constexpr int kExactRows = 8;
 //
 //     scores[r * score_stride + q] += scale[r] · query_scales[q] · (starts[q] + Σ_k rows[r * row_stride + k] · query_q[k])
 //
-// over k < depth, a multiple of 4.
+// over k < depth, a multiple of 4. Meanwhile it fetches lines.
 struct CodedPanelKernel {
   int rows;
   int queries;
   void (*run)(const uint8_t* rows, size_t row_stride, const int8_t* panel, size_t depth,
-              const int32_t* starts, const float* scale, const float* query_scales, float* scores,
-              size_t score_stride);
+              const FetchLines& fetch, const int32_t* starts, const float* scale, const float* query_scales,
+              float* scores, size_t score_stride);
+};
+
+// A row of floats: so many runs of `size` numbers side by side, of_block of them to a block, and their bytes.
+struct Runs {
+  size_t count, size, padded, of_block;
 };
 
 struct CodedKernels {
@@ -71,10 +78,17 @@ struct CodedKernels {
   // added to squares[0] and of what they lose, Σ (values - scale · code)², to squares[1]; returns the scale.
   float (*round)(const float* values, size_t d, int8_t* codes, double* squares);
 
-  // One block of a row, rounded to bytes code + 128 with codes from -127 to 127, padded with 128 to whole vectors; adds
-  // its sum of squares Σ values² to squares[0] and Σ (values - scale · code)² to squares[1], up to their rounding, and
-  // returns the scale: NaN where values are too large or too small for any of that.
-  float (*to_bytes)(const float* values, size_t d, uint8_t* bytes, float* squares);
+  // A row of floats, rounded run by run to bytes code + 128 with codes from -127 to 127, each run padded with 128 to whole
+  // vectors. A run's scale goes to scales[i · stride], NaN where its numbers are too large or too small, and is
+  // multiplied by that of its block. Adds the row's sum of squares Σ (block · values)² to squares[0] and of what
+  // rounding takes from it to squares[1], up to their own rounding. Meanwhile it fetches lines.
+  void (*to_bytes)(const float* values, const Runs& runs, const float* blocks, const FetchLines& fetch,
+                   uint8_t* bytes, float* scales, size_t stride, double* squares);
+
+  // Σ_i row_scales[i · stride] · query_scales[i] · (starts[i] + Σ_k bytes_i,k · codes_i,k) over runs of `padded` bytes and
+  // codes, at most kMaxPiece, whole vectors.
+  float (*product)(const uint8_t* bytes, const int8_t* codes, size_t runs, size_t padded,
+                   const int32_t* starts, const float* row_scales, size_t stride, const float* query_scales);
 
   // The largest magnitude of n numbers, NaN if there is a NaN, and the sum of their squares.
   void (*sizes)(const float* values, size_t n, float* largest, float* square);

@@ -42,6 +42,31 @@ void ExactScores::fetch(const int64_t* positions, size_t count) const {
 }
 
 void ExactScores::score(size_t query, const int64_t* positions, size_t count, float* scores) const {
+  const float* values = queries_ + query * rows_.L * rows_.d;
+  if (exact_) {
+    score_codes(values, positions, count, scores);
+    return;
+  }
+  const float ones[1] = {1.0f};
+  for (size_t r = 0; r < count; ++r) {
+    const uint8_t* row = row_at(rows_, positions[r]);
+    float score = 0;
+    const float* query_block = values;
+    for (size_t b = 0; b < rows_.L; ++b) {
+      const float* scale = rows_.scales ? rows_.scales + positions[r] * rows_.L + b : ones;
+      for (size_t i = 0; i < rows_.d; i += depth_) {
+        const size_t n = std::min(depth_, rows_.d - i);
+        const void* at = row + b * block_bytes_ + block_bytes(rows_.type, i);
+        dot_(&at, {nullptr, 0}, query_block, {1, n, n}, &scale, &score, 1);
+        query_block += n;
+      }
+    }
+    scores[r] = sign_ * score;
+  }
+}
+
+void ExactScores::score_codes(const float* values, const int64_t* positions, size_t count,
+                              float* scores) const {
   const uint8_t* rows[kTogether];
   const float* scales[kTogether];
   for (size_t r = 0; r < kTogether; ++r) {
@@ -49,7 +74,6 @@ void ExactScores::score(size_t query, const int64_t* positions, size_t count, fl
     rows[r] = row_at(rows_, position);
     scales[r] = rows_.scales ? rows_.scales + position * rows_.L : nullptr;
   }
-  const float* values = queries_ + query * rows_.L * rows_.d;
   float sums[kTogether] = {};
   for (size_t b = 0; b < rows_.L; ++b) {
     float scale[kTogether];
@@ -61,13 +85,7 @@ void ExactScores::score(size_t query, const int64_t* positions, size_t count, fl
         at[r] = rows[r] + b * block_bytes_ + bytes;
         if (row_bytes_ > kAhead && r < count) prefetch(at[r] + kAhead, block_bytes(rows_.type, n));
       }
-      if (exact_) {
-        exact_(at, values, n, scale, sums);
-      } else {
-        const void* floats[kTogether];
-        std::copy_n(at, kTogether, floats);
-        dot_(floats, floats, values, n, scale, sums, 1);
-      }
+      exact_(at, values, n, scale, sums);
       values += n;
     }
   }

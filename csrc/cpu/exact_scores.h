@@ -28,6 +28,8 @@ class ExactScores {
   static size_t roundings(const Rows& rows);
 
  private:
+  void score_codes(const float* values, const int64_t* positions, size_t count, float* scores) const;
+
   const float* queries_;
   Rows rows_;
   float sign_;

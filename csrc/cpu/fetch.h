@@ -1,7 +1,7 @@
 // Fetching rows that are read one after another. For *_kernel.cpp only.
 #pragma once
 
-#include <stddef.h>
+#include "cpu/fetch_lines.h"
 
 namespace trackstar::TRACKSTAR_ISA {
 namespace {
@@ -15,6 +15,26 @@ inline void fetch_pages(const void* from, size_t bytes) {
   const char* later = static_cast<const char*>(from) + kPagesAhead;
   for (size_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(later + i);
 }
+
+// Spreads lines evenly over a loop: next() is called at each of so many steps.
+class Spread {
+ public:
+  Spread(const FetchLines& fetch, size_t steps)
+      : at_(fetch.from),
+        end_(at_ + fetch.lines * kLineBytes),
+        rate_((fetch.lines * kOne + steps - 1) / steps) {}
+
+  void next() {
+    for (due_ += rate_; due_ >= kOne && at_ < end_; due_ -= kOne, at_ += kLineBytes)
+      __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr size_t kOne = 256;  // line
+
+  const uint8_t *at_, *const end_;
+  size_t rate_, due_ = 0;
+};
 
 }  // namespace
 }  // namespace trackstar::TRACKSTAR_ISA

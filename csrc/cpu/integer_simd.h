@@ -45,6 +45,22 @@ inline Vec to_floats(Quarter quarter) {
 #endif
 }
 
+// Stores the lowest byte of each lane. (The general form becomes one instruction a byte.)
+inline void store_low_bytes(uint8_t* to, Sums sums) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)sums);
+  __builtin_memcpy(to, &bytes, kLanes);
+#elif defined(__AVX2__)
+  const __m256i lowest = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                          -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i apart = _mm256_shuffle_epi8((__m256i)sums, lowest);
+  const __m128i bytes = _mm_or_si128(_mm256_castsi256_si128(apart), _mm256_extracti128_si256(apart, 1));
+  __builtin_memcpy(to, &bytes, kLanes);
+#else
+  for (ptrdiff_t lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint8_t>(sums[lane]);
+#endif
+}
+
 // The largest magnitude of the signed factors of dot4.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
 constexpr int kTop = 64;  // so that a pair of products, 2 · 255 · 64, fits 16 bits
@@ -172,6 +188,18 @@ inline int32_t sum_of(Sums sums) {
   for (ptrdiff_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
   return total;
 #endif
+}
+
+inline int32_t largest_of(Sums sums) {
+  int32_t lanes[kLanes];
+  __builtin_memcpy(lanes, &sums, sizeof(lanes));
+#pragma GCC unroll 4
+  for (ptrdiff_t width = kLanes / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+    for (ptrdiff_t i = 0; i < width; ++i)
+      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  }
+  return lanes[0];
 }
 
 // From the first lane to the last.

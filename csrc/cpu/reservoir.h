@@ -54,7 +54,7 @@ class Reservoir {
   }
 
   // Most keys held for k results: room to weed seldom, few enough for the threshold to follow.
-  static size_t capacity(size_t k) { return 2 * k + 8; }
+  static size_t capacity(size_t k) { return k + k / 4 + 4; }
 
   // A NaN threshold, which it is until something is known, lets everything through.
   bool wants(float score) const { return !(score <= threshold_); }

@@ -31,6 +31,10 @@ struct RoundedQueries {
     std::vector<float> scales;    // (L, queries)
   };
 
+  // From one row of L · padded bytes to the next, so that rows side by side do not fall on the same lines of the first
+  // cache.
+  static size_t row_stride(size_t bytes) { return bytes / 64 % 2 ? bytes : bytes + 64; }
+
   size_t padded;  // elements of a block
   size_t chunks;  // of a block
   // Either few or panels.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "cpu/coded.h"
 #include "cpu/filter.h"
@@ -13,7 +14,6 @@ namespace {
 
 constexpr size_t kTileBytes = 128 << 10;  // of rounded rows: they and the next ones' floats stay in cache
 constexpr size_t kTileRows = 48;
-constexpr size_t kLineBytes = 64;
 
 constexpr size_t kNone = std::numeric_limits<size_t>::max();
 
@@ -40,7 +40,34 @@ ByteQueries::ByteQueries(const float* given, size_t Q, size_t L, size_t d)
       d(d),
       runs(d % kRun == 0 ? d / kRun : 1),
       size(d / runs),
-      rounded(given, Q, L * runs, size, code_kernels(RowType::int8), coded_kernels(), roundings(L, d)) {
+      rounded(given, Q, L * runs, size, code_kernels(RowType::int8), coded_kernels(), roundings(L, d)),
+      rest_codes(Q * L * runs * rounded.padded),
+      rest_starts(Q * L * runs),
+      rest_scales(Q * L * runs),
+      rest_bounds(Q) {
+  round_rests(given, Q);
+  lay_across(given, Q);
+}
+
+void ByteQueries::round_rests(const float* given, size_t Q) {
+  const CodedKernels& kernels = coded_kernels();
+  std::vector<int8_t> first(size);
+  std::vector<float> rest(size);
+  for (size_t q = 0; q < Q; ++q) {
+    double squares[2] = {}, rests[2] = {};
+    for (size_t i = q * L * runs; i < (q + 1) * L * runs; ++i) {
+      const float* from = given + i * size;
+      const float scale = kernels.round(from, size, first.data(), squares);
+      for (size_t j = 0; j < size; ++j) rest[j] = from[j] - scale * static_cast<float>(first[j]);
+      int8_t* to = rest_codes.data() + i * rounded.padded;
+      rest_scales[i] = kernels.round(rest.data(), size, to, rests);
+      rest_starts[i] = -code_kernels(RowType::int8).bias * std::accumulate(to, to + size, 0);
+    }
+    rest_bounds.set(q, squares[0], rests[1], roundings(L, d) + 2 * L * runs * rounded.chunks + 16);
+  }
+}
+
+void ByteQueries::lay_across(const float* given, size_t Q) {
   const ScoringKernels& kernels = scoring_kernels();
   const size_t across = kernels.lanes / kernels.group, full = d / kChunkDepth, rest = d % kChunkDepth;
   const size_t padded = round_up(rest, kernels.lanes);
@@ -68,13 +95,14 @@ ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
     : queries_(queries),
       rounded_(queries.rounded),
       rows_(rows),
+      kernels_(coded_kernels()),
       runs_(rows.L * queries.runs),
-      run_bytes_(block_bytes(rows.type, queries.size)),
       tile_rows_(rows_of_tile(rounded_, runs_)),
       widen_(rows.type == RowType::float16    ? scoring_kernels().half.widen
              : rows.type == RowType::bfloat16 ? scoring_kernels().bfloat16.widen
                                               : nullptr),
-      bytes_(tile_rows_ * runs_ * rounded_.padded),
+      stride_(RoundedQueries::row_stride(runs_ * rounded_.padded)),
+      bytes_(tile_rows_ * stride_),
       scales_(tile_rows_ * runs_),
       norms_(tile_rows_),
       rests_(tile_rows_),
@@ -87,40 +115,36 @@ ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
 void ByteRows::open(size_t row, size_t count) {
   row_ = row;
   widened_ = kNone;
+  ahead_.open(rows_, row + count, tile_rows_);
   for (size_t r = 0; r < count; ++r) round(r);
   multiply(count);
 }
 
 // A NaN among a row's scales makes all its rough scores NaN, which rule out nothing.
 void ByteRows::round(size_t r) {
-  const uint8_t* row = row_at(rows_, row_ + r);
-  double squares[2] = {};
-  for (size_t i = 0; i < runs_; ++i) {
-    const auto* values = reinterpret_cast<const float*>(row + i * run_bytes_);
-    if (widen_) {
-      widen_(row + i * run_bytes_, queries_.size, wide_.data());
-      values = wide_.data();
-    }
-    float of_run[2] = {};
-    const float scale = coded_kernels().to_bytes(values, queries_.size,
-                                                 bytes_.data() + (r * runs_ + i) * rounded_.padded, of_run);
-    const float block = scales(r)[i / queries_.runs];
-    scales_[i * tile_rows_ + r] = bounded(block) ? scale * block : std::numeric_limits<float>::quiet_NaN();
-    for (int j = 0; j < 2; ++j) squares[j] += double{block} * block * of_run[j];
+  const auto* row = reinterpret_cast<const float*>(row_at(rows_, row_ + r));
+  if (widen_) {
+    widen_(row, rows_.L * rows_.d, wide_.data());
+    row = wide_.data();
   }
+  const float* blocks = scales(r);
+  double squares[2] = {};
+  kernels_.to_bytes(row, {runs_, queries_.size, rounded_.padded, queries_.runs}, blocks,
+                    ahead_.take(ahead_.lines() / 100 / tile_rows_), bytes_.data() + r * stride_,
+                    scales_.data() + r, tile_rows_, squares);
   // What the sums of squares and the differences lost to rounding counts as well.
   const double norm = 1.001 * std::sqrt(squares[0]);
   const double rest = 1.001 * std::sqrt(squares[1]) + 0x1p-22 * norm;
-  norms_[r] = static_cast<float>(norm + rest);
+  const bool known = std::all_of(blocks, blocks + rows_.L, bounded);
+  norms_[r] = known ? static_cast<float>(norm + rest) : std::numeric_limits<float>::quiet_NaN();
   rests_[r] = static_cast<float>(rest);
 }
 
-// The rough scores of the tile. Meanwhile the next one is fetched, a few lines for every call of the kernel.
+// The rough scores of the tile.
 void ByteRows::multiply(size_t count) {
-  const size_t stride = runs_ * rounded_.padded, step = rounded_.panels.front().kernel->rows;
+  const size_t step = rounded_.panels.front().kernel->rows;
   const size_t calls = runs_ * rounded_.chunks * rounded_.panels.size() * ((count + step - 1) / step);
-  const uint8_t* next = row_at(rows_, row_ + count);
-  const size_t bytes = row_at(rows_, row_ + 2 * count) - next, lines = (bytes / kLineBytes + calls - 1) / calls;
+  const size_t lines = (ahead_.lines() + calls - 1) / calls;
   std::fill(scores_.begin(), scores_.end(), 0.0f);
   for (size_t i = 0; i < runs_; ++i) {
     for (size_t chunk = 0; chunk < rounded_.chunks; ++chunk) {
@@ -129,10 +153,9 @@ void ByteRows::multiply(size_t count) {
       for (const RoundedQueries::Panel& panel : rounded_.panels) {
         const size_t width = panel.kernel->queries;
         for (size_t r = 0; r < count; r += step) {
-          for (size_t line = 0; line < lines; ++line, next += kLineBytes) __builtin_prefetch(next, 0, 2);
-          panel.kernel->run(bytes_.data() + r * stride + i * rounded_.padded + from, stride,
+          panel.kernel->run(bytes_.data() + r * stride_ + i * rounded_.padded + from, stride_,
                             panel.codes.data() + (i * rounded_.padded + from) * width, depth,
-                            panel.starts.data() + (i * rounded_.chunks + chunk) * width,
+                            ahead_.take(lines), panel.starts.data() + (i * rounded_.chunks + chunk) * width,
                             scales_.data() + i * tile_rows_ + r, panel.scales.data() + i * width,
                             scores_.data() + r * rounded_.width + panel.first, rounded_.width);
         }
@@ -142,9 +165,22 @@ void ByteRows::multiply(size_t count) {
 }
 
 size_t ByteRows::doubtful(size_t r, const float* above, const float* below, uint32_t* which) const {
-  const ScoreBounds& bounds = rounded_.bounds;
-  return coded_kernels().doubtful(scores_.data() + r * rounded_.width, bounds.wide.size(), norms_[r],
-                                  bounds.wide.data(), rests_[r], bounds.far.data(), above, below, which);
+  const ScoreBounds &rough = rounded_.bounds, &fine = queries_.rest_bounds;
+  const float* scores = scores_.data() + r * rounded_.width;
+  const size_t found = kernels_.doubtful(scores, rough.wide.size(), norms_[r], rough.wide.data(), rests_[r],
+                                         rough.far.data(), above, below, which);
+  // A second look, at what was left of those queries when they were rounded, is cheap beside a score.
+  size_t count = 0;
+  for (size_t i = 0; i < found; ++i) {
+    const size_t q = which[i], at = q * runs_;
+    const float rest =
+        kernels_.product(bytes_.data() + r * stride_, queries_.rest_codes.data() + at * rounded_.padded,
+                         runs_, rounded_.padded, queries_.rest_starts.data() + at, scales_.data() + r,
+                         tile_rows_, queries_.rest_scales.data() + at);
+    const float score = scores[q] + rest, margin = norms_[r] * fine.wide[q] + rests_[r] * fine.far[q];
+    if (!(score + margin <= above[q]) || !(score - margin >= below[q])) which[count++] = q;
+  }
+  return count;
 }
 
 float ByteRows::score(size_t r, size_t query) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/ahead.h"
 #include "cpu/aligned.h"
 #include "cpu/rounded_queries.h"
 #include "cpu/scoring_kernel.h"
@@ -24,8 +25,19 @@ struct ByteQueries {
   size_t L, d;
   size_t runs, size;  // of a block
   RoundedQueries rounded;
+
+  // What rounding left over, rounded once more, and the bounds of rough scores with that.
+  Aligned<int8_t> rest_codes;        // (Q, L · runs, padded)
+  std::vector<int32_t> rest_starts;  // (Q, L · runs)
+  std::vector<float> rest_scales;    // (Q, L · runs)
+  ScoreBounds rest_bounds;
+
   Aligned<float> values;
   size_t stride;  // of one query's values
+
+ private:
+  void round_rests(const float* given, size_t Q);
+  void lay_across(const float* given, size_t Q);
 };
 
 // The rows of one thread, rounded to bytes tile by tile. Of those scores that may be of interest, by what is known of the
@@ -50,21 +62,26 @@ class ByteRows {
  private:
   void round(size_t r);
   void multiply(size_t count);
-  const float* scales(size_t r) const { return rows_.scales ? rows_.scales + (row_ + r) * rows_.L : ones_.data(); }
+  const float* scales(size_t r) const {
+    return rows_.scales ? rows_.scales + (row_ + r) * rows_.L : ones_.data();
+  }
 
   const ByteQueries& queries_;
   const RoundedQueries& rounded_;
   const Rows rows_;
-  size_t runs_, run_bytes_, tile_rows_;  // runs of a row
-  decltype(RowKernels::widen) widen_;    // null where rows are float32
+  const CodedKernels& kernels_;
+  size_t runs_, tile_rows_;            // runs of a row
+  decltype(RowKernels::widen) widen_;  // null where rows are float32
   size_t row_ = 0;
-  Aligned<uint8_t> bytes_;           // (row of the tile, run, padded)
-  std::vector<float> scales_;        // (run, row of the tile)
+  size_t stride_;              // of bytes
+  Aligned<uint8_t> bytes_;     // (row of the tile, run, padded)
+  std::vector<float> scales_;  // (run, row of the tile)
   std::vector<float> norms_, rests_;
-  Aligned<float> scores_;            // (row of the tile, width): rough ones
-  Aligned<float> wide_;              // a row, if it is not float32 as it is stored
-  size_t widened_;                   // which one
+  Aligned<float> scores_;  // (row of the tile, width): rough ones
+  Aligned<float> wide_;    // a row, if it is not float32 as it is stored
+  size_t widened_;         // which one
   std::vector<float> sums_, ones_;
+  Ahead ahead_;
 };
 
 }  // namespace trackstar

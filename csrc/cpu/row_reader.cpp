@@ -5,8 +5,6 @@
 namespace trackstar {
 namespace {
 
-constexpr size_t kLineBytes = 64;
-
 const RowKernels& row_kernels(RowType type) {
   const ScoringKernels& kernels = scoring_kernels();
   return type == RowType::float16    ? kernels.half
@@ -24,49 +22,32 @@ RowReader::RowReader(const Rows& rows, size_t tile_rows)
       block_bytes_(block_bytes(rows.type, rows.d)),
       tile_rows_(tile_rows),
       tile_(tile_rows + kMaxBlockRows),
-      next_tile_(tile_rows + kMaxBlockRows),
-      wide_(rows.type == RowType::float32 ? 0 : kMaxBlockRows * (codes_ ? kChunkDepth * kernels_.lanes : kChunkDepth)) {
-}
+      wide_(rows.type == RowType::float32
+                ? 0
+                : kMaxBlockRows * (codes_ ? kChunkDepth * kernels_.lanes : kChunkDepth)),
+      ones_(rows.scales ? 0 : rows.L, 1.0f) {}
 
 void RowReader::open(size_t row, size_t count) {
   row_ = row;
   count_ = count;
   for (size_t r = 0; r < tile_.size(); ++r) {
-    const size_t n = row + std::min(r, count - 1);
-    tile_[r] = at(n);
-    next_tile_[r] = at(std::min(n + tile_rows_, rows_.N - 1));
+    tile_[r] = at(row + std::min(r, count - 1));
   }
-  const size_t end = row + count;
-  ahead_.open(rows_, end, std::min(tile_rows_, rows_.N - end));
+  ahead_.open(rows_, row + count, tile_rows_);
 }
 
-void RowReader::Ahead::open(const Rows& rows, size_t row, size_t count) {
-  const size_t row_bytes = rows.L * block_bytes(rows.type, rows.d);
-  at_ = reinterpret_cast<const char*>(row_at(rows, row));
-  stride_ = reinterpret_cast<const char*>(row_at(rows, row + 1)) - at_;
-  const bool dense = stride_ >= 0 && static_cast<size_t>(stride_) <= row_bytes + row_bytes / 8;
-  pieces_ = dense ? std::min<size_t>(count, 1) : count;
-  piece_lines_ = (dense ? count * static_cast<size_t>(stride_) : row_bytes) / kLineBytes;
-  taken_ = 0;
-  lines_ = pieces_ * piece_lines_;
-}
-
-Fetch RowReader::Ahead::take(size_t lines) {
-  if (pieces_ == 0) return {at_, 0};
-  const Fetch fetch{at_ + taken_ * kLineBytes, std::min(lines, piece_lines_ - taken_)};
-  taken_ += fetch.lines;
-  if (taken_ == piece_lines_) {
-    at_ += stride_;
-    taken_ = 0;
-    --pieces_;
+void RowReader::multiply(const Matrix& matrix, size_t begin, size_t end, float* out, size_t stride) {
+  if (matrix.panels().empty()) {
+    multiply_few(0, rows_.L, matrix, 0, out, stride);
+  } else {
+    for (size_t b = 0; b < rows_.L; ++b) multiply(b, matrix, b, begin, end, out, stride);
   }
-  return fetch;
 }
 
 void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t begin, size_t end,
                          float* out, size_t stride) {
   if (matrix.panels().empty()) {
-    multiply_few(b, matrix, matrix_b, out, stride);
+    multiply_few(b, 1, matrix, matrix_b, out, stride);
     return;
   }
   const size_t block_rows = matrix.block_rows();
@@ -101,35 +82,37 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
   }
 }
 
-void RowReader::multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride) {
+void RowReader::multiply_few(size_t b, size_t count, const Matrix& matrix, size_t matrix_b, float* out,
+                             size_t stride) {
+  // Codes of several blocks are not floats side by side.
   const size_t max_depth = kChunkDepth * kernels_.lanes;
-  const bool by_itself =
-      matrix.count() == 1 && !codes_ && block_bytes(rows_.type, std::min(rows_.d, max_depth)) >= kLongBytes;
-  const DotKernel& kernel = by_itself ? type_.long_dot : type_.dot[matrix.count() - 1];
+  if (count > 1 && (codes_ || rows_.d > max_depth)) {
+    for (size_t i = 0; i < count; ++i) multiply_few(b + i, 1, matrix, matrix_b + i, out, stride);
+    return;
+  }
+  const DotKernel& kernel = type_.dot[matrix.count() - 1];
   const size_t block_rows = kernel.rows;
-  const size_t row_bytes = rows_.L * block_bytes_;
+  const size_t calls =
+      rows_.L / count * ((rows_.d + max_depth - 1) / max_depth) * ((count_ + block_rows - 1) / block_rows);
+  const size_t lines = (ahead_.lines() + calls - 1) / calls;
   for (size_t first = 0; first < count_; first += block_rows) {
     for (size_t i = 0; i < rows_.d; i += max_depth) {
       const size_t depth = std::min(max_depth, rows_.d - i);
       const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i);
-      const size_t bytes = block_bytes(rows_.type, depth), end = offset + bytes;
-      // What a short call reads was fetched by the one before; it fetches for the one after the next.
-      const size_t later = bytes > kAheadBytes ? end : end + kAheadBytes;
-      const char* const* const next_rows = later < row_bytes ? tile_.data() : next_tile_.data();
-      const size_t next_offset = later < row_bytes ? later : later - row_bytes;
-      const void *rows[kMaxBlockRows], *next[kMaxBlockRows];
-      float scale[kMaxBlockRows];
+      const void* rows[kMaxBlockRows];
+      const float* scales[kMaxBlockRows];
       for (size_t r = 0; r < block_rows; ++r) {
         rows[r] = tile_[first + r] + offset;
-        next[r] = next_rows[first + r] + next_offset;
+        scales[r] = rows_.scales ? rows_.scales + (row_ + std::min(first + r, count_ - 1)) * rows_.L + b
+                                 : ones_.data();
         if (codes_) {
           float* wide = wide_.data() + r * kChunkDepth * kernels_.lanes;
           widen_row(rows[r], depth, wide);
-          rows[r] = next[r] = wide;
+          rows[r] = wide;
         }
       }
-      scales(b, first, block_rows, scale);
-      kernel.run(rows, next, matrix.interleaved_at(matrix_b, i), depth, scale, out + first * stride, stride);
+      kernel.run(rows, ahead_.take(lines), matrix.interleaved_at(matrix_b, i), {count, depth, rows_.d},
+                 scales, out + first * stride, stride);
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "cpu/ahead.h"
 #include "cpu/aligned.h"
 #include "cpu/coded.h"
 #include "cpu/matrix.h"
@@ -21,28 +22,17 @@ class RowReader {
   // Goes to the tile of rows row … row + count - 1, at most tile_rows.
   void open(size_t row, size_t count);
 
+  // The same of all blocks, block by block or, where the matrix is interleaved, at once; of panels begin … end - 1.
+  void multiply(const Matrix& matrix, size_t begin, size_t end, float* out, size_t stride);
+
   // out (count, stride) += block b of the tile's rows times block `matrix_b` of a matrix; if that has panels, of
   // panels begin … end - 1.
   void multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t begin, size_t end, float* out,
                 size_t stride);
 
  private:
-  // What is read next, fetched in order, as memory likes it: in one piece, or row by row where rows lie far apart.
-  class Ahead {
-   public:
-    void open(const Rows& rows, size_t row, size_t count);
-    size_t lines() const { return lines_; }
-    // The next lines, at most as many, which do not come again.
-    Fetch take(size_t lines);
-
-   private:
-    const char* at_ = nullptr;
-    ptrdiff_t stride_ = 0;
-    size_t pieces_ = 0, piece_lines_ = 0, taken_ = 0;  // taken of the first piece
-    size_t lines_ = 0;                                  // of all pieces at first
-  };
-
-  void multiply_few(size_t b, const Matrix& matrix, size_t matrix_b, float* out, size_t stride);
+  // Blocks b … b + count - 1 times as many of a matrix from matrix_b on, all at once where they can be.
+  void multiply_few(size_t b, size_t count, const Matrix& matrix, size_t matrix_b, float* out, size_t stride);
   const char* at(size_t n) const { return reinterpret_cast<const char*>(row_at(rows_, n)); }
   void widen_row(const void* stored, size_t n, float* out) const;
   void scales(size_t b, size_t first, size_t block_rows, float* out) const;
@@ -54,9 +44,10 @@ class RowReader {
   size_t block_bytes_;
   size_t tile_rows_;
   size_t row_ = 0, count_ = 0;
-  std::vector<const char*> tile_, next_tile_;  // where rows of the tile and of the next begin
+  std::vector<const char*> tile_;  // where its rows begin
   Ahead ahead_;
-  Aligned<float> wide_;  // a block of rows as floats, if kernels do not take them as they are stored
+  Aligned<float> wide_;      // a block of rows as floats, if kernels do not take them as they are stored
+  std::vector<float> ones_;  // for rows without scales
 };
 
 }  // namespace trackstar

@@ -79,7 +79,7 @@ class Scan : public Search {
 // with: no more than those if that stays in the second-level cache, otherwise enough to be worth reading it again.
 inline size_t rows_of_tile(size_t block_rows, size_t matrix_bytes) {
   constexpr size_t kCacheBytes = 512 << 10, kTileRows = 48;
-  return matrix_bytes <= kCacheBytes ? block_rows : kTileRows;
+  return matrix_bytes <= kCacheBytes ? (block_rows == 1 ? 4 : block_rows) : kTileRows;
 }
 
 // Runs the searches over all N rows, each on a thread of its own, and merges what they found.

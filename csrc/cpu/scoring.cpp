@@ -62,7 +62,7 @@ class Experience {
  private:
   static constexpr size_t kEnough = 192;  // rows, to judge by
   // Scores of a scan of floats less those of bytes that take as long as to compute one by itself.
-  static constexpr size_t kDear = 16;
+  static constexpr size_t kDear = 8;
 
   std::mutex mutex_;
   size_t seen_ = 0, patience_ = 0;
@@ -79,7 +79,6 @@ class ScoreScan : public Scan {
         queries_(queries),
         bytes_(bytes ? std::make_unique<ByteRows>(*bytes, rows) : nullptr),
         experience_(experience),
-        L_(rows.L),
         k_(tops.front().k),
         scores_of_row_(tops.size() * tops.front().Q) {}
 
@@ -114,9 +113,7 @@ class ScoreScan : public Scan {
     size_t begin = 0;
     do {
       const size_t end = std::min(begin + kPanelsAtOnce, panels);
-      for (size_t b = 0; b < L_; ++b) {
-        reader_.multiply(b, queries_, b, begin, end, scores_.data(), width_);
-      }
+      reader_.multiply(queries_, begin, end, scores_.data(), width_);
       begin = end;
     } while (begin < panels);
   }
@@ -125,7 +122,7 @@ class ScoreScan : public Scan {
   const Matrix& queries_;
   std::unique_ptr<ByteRows> bytes_;
   Experience& experience_;
-  size_t L_, k_, scores_of_row_;
+  size_t k_, scores_of_row_;
 };
 
 }  // namespace

@@ -21,75 +21,70 @@ constexpr int kDotSums = 8;
 constexpr int kGroup = 1;
 #endif
 
-constexpr size_t kLineBytes = 64;
-
 // ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
 
-constexpr int dot_rows(int queries) { return kDotSums / queries < 8 ? kDotSums / queries : 8; }
+// Enough sums for additions not to wait for one another; otherwise few rows, as memory likes them one by one.
+constexpr int dot_rows(int queries) {
+  const int most = kDotSums / queries, least = queries == 1 ? 1 : 3;
+  return most < least ? most : least;
+}
 
 // Adds the products of one vector of each row with one of each query.
 template <int kQueries, int kRows, typename T>
 inline void add_products(const T* const* row, size_t k, const float* queries, Vec sum[][kQueries]) {
-  Vec values[kQueries];
-#pragma GCC unroll 4
-  for (int q = 0; q < kQueries; ++q) values[q] = load(queries + q * kLanes);
+  Vec values[kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const Vec value = load(row[r] + k);
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) sum[r][q] += value * values[q];
+  for (int r = 0; r < kRows; ++r) values[r] = load(row[r] + k);
+#pragma GCC unroll 8
+  for (int q = 0; q < kQueries; ++q) {
+    const Vec query = load(queries + q * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r][q] += values[r] * query;
   }
 }
 
 template <int kQueries, int kRows, typename T>
-__attribute__((noinline)) void dot(const void* const* rows, const void* const* next, const float* queries,
-                                   size_t depth, const float* scale, float* scores, size_t score_stride) {
-  constexpr size_t kLine = kLineBytes / sizeof(T), kAhead = kAheadBytes / sizeof(T);
+__attribute__((noinline)) void dot(const void* const* rows, const FetchLines& fetch, const float* queries,
+                                   const Blocks& blocks, const float* const* scales, float* scores,
+                                   size_t score_stride) {
+  constexpr size_t kStep = (kRows * kQueries == 1 ? 4 : 1) * kLineBytes / sizeof(T);
+  const size_t depth = blocks.depth, steps = depth / kStep * kStep, whole = depth / kLanes * kLanes;
+  Spread ahead(fetch, blocks.count * ((depth + kStep - 1) / kStep));
   const T* row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = static_cast<const T*>(rows[r]);
-  Vec sum[kRows][kQueries] = {};
-  const size_t lines = depth / kLine * kLine, whole = depth / kLanes * kLanes;
-  // What is kAhead further on lies in the row itself until shortly before its end.
-  const size_t own = lines > kAhead ? lines - kAhead : 0;
-  size_t k = 0;
-  if constexpr (kRows == 1) {
-    fetch_pages(row[0], depth * sizeof(T));
-    for (; k < lines; k += kLanes) add_products<kQueries, kRows>(row, k, queries + k * kQueries, sum);
-  }
-  for (; k < own; k += kLine) {
+  for (size_t b = 0; b < blocks.count; ++b, queries += depth * kQueries) {
+    Vec sum[kRows][kQueries] = {};
+    size_t k = 0;
+    for (; k < steps; k += kStep) {
+      ahead.next();
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(row[r] + k + kAhead);
-#pragma GCC unroll 8
-    for (size_t i = k; i < k + kLine; i += kLanes)
-      add_products<kQueries, kRows>(row, i, queries + i * kQueries, sum);
-  }
-  for (; k < lines; k += kLine) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(static_cast<const T*>(next[r]) + (k - own));
-#pragma GCC unroll 8
-    for (size_t i = k; i < k + kLine; i += kLanes)
-      add_products<kQueries, kRows>(row, i, queries + i * kQueries, sum);
-  }
-  for (; k < whole; k += kLanes) add_products<kQueries, kRows>(row, k, queries + k * kQueries, sum);
-  if (k < depth) {
-    // The last numbers, padded with zeros to a vector.
-    const size_t rest = depth - k;
-    T row_tail[kRows][kLanes] = {};
-    float query_tail[kQueries * kLanes] = {};
-    for (size_t j = 0; j < rest; ++j) {
-      for (int r = 0; r < kRows; ++r) row_tail[r][j] = row[r][k + j];
-      for (int q = 0; q < kQueries; ++q) query_tail[q * kLanes + j] = queries[k * kQueries + q * rest + j];
+      for (size_t i = k; i < k + kStep; i += kLanes)
+        add_products<kQueries, kRows>(row, i, queries + i * kQueries, sum);
     }
-    for (int r = 0; r < kRows; ++r) row[r] = row_tail[r];
-    add_products<kQueries, kRows>(row, 0, query_tail, sum);
-  }
-  float sums[kRows * kQueries];
-  sum_lanes<kRows * kQueries>(sum[0], sums);
+    for (; k < whole; k += kLanes) add_products<kQueries, kRows>(row, k, queries + k * kQueries, sum);
+    if (k < depth) {
+      // The last numbers, padded with zeros to a vector.
+      const size_t rest = depth - k;
+      T row_tail[kRows][kLanes] = {};
+      const T* tails[kRows];
+      float query_tail[kQueries * kLanes] = {};
+      for (int r = 0; r < kRows; ++r) tails[r] = row_tail[r];
+      for (size_t j = 0; j < rest; ++j) {
+        for (int r = 0; r < kRows; ++r) row_tail[r][j] = row[r][k + j];
+        for (int q = 0; q < kQueries; ++q) query_tail[q * kLanes + j] = queries[k * kQueries + q * rest + j];
+      }
+      add_products<kQueries, kRows>(tails, 0, query_tail, sum);
+    }
+    float sums[kRows * kQueries];
+    sum_lanes<kRows * kQueries>(sum[0], sums);
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) scores[r * score_stride + q] += scale[r] * sums[r * kQueries + q];
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int q = 0; q < kQueries; ++q)
+        scores[r * score_stride + q] += scales[r][b] * sums[r * kQueries + q];
+      row[r] += blocks.stride;
+    }
   }
 }
 
@@ -122,7 +117,7 @@ inline void add_scaled(float scale, Vec value, float* to) { store(to, load(to) +
 
 template <int kVecs>
 __attribute__((noinline)) void panel(const float* const* rows, const float* panel, size_t depth,
-                                     const Fetch& fetch, const float* scale, float* scores,
+                                     const FetchLines& fetch, const float* scale, float* scores,
                                      size_t score_stride) {
   constexpr int kWidth = kVecs * kLanes / kGroup;
   constexpr size_t kStep = 16;
@@ -131,12 +126,9 @@ __attribute__((noinline)) void panel(const float* const* rows, const float* pane
   for (int r = 0; r < kPanelRows; ++r) row[r] = rows[r];
   Vec sum[kPanelRows][kVecs] = {};
   const size_t whole = depth / kGroup * kGroup;
-  const size_t together = (fetch.lines * kStep + depth - 1) / depth;
-  const char *next = fetch.from, *const last = next + fetch.lines * kLineBytes;
+  Spread ahead(fetch, (depth + kStep - 1) / kStep);
   for (size_t step = 0; step < whole; step += kStep) {
-    for (size_t line = 0; line < together && next < last; ++line, next += kLineBytes) {
-      __builtin_prefetch(next, 0, 2);
-    }
+    ahead.next();
     const size_t end = step + kStep < whole ? step + kStep : whole;
     for (size_t k = step; k < end; k += kGroup) {
       Vec query[kVecs];
@@ -334,8 +326,8 @@ constexpr DotKernel dot_kernel() {
 
 template <typename T>
 constexpr RowKernels row_kernels() {
-  return {{dot_kernel<1, T>(), dot_kernel<2, T>(), dot_kernel<3, T>(), dot_kernel<4, T>()},
-          {1, dot<1, 1, T>},
+  return {{dot_kernel<1, T>(), dot_kernel<2, T>(), dot_kernel<3, T>(), dot_kernel<4, T>(), dot_kernel<5, T>(),
+           dot_kernel<6, T>(), dot_kernel<7, T>(), dot_kernel<8, T>()},
           widen_row<T>};
 }
 

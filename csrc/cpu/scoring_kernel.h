@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "cpu/fetch_lines.h"
 #include "cpu/narrow.h"
 
 namespace trackstar {
@@ -12,46 +13,38 @@ namespace trackstar {
 //
 //     scores[r * score_stride + q] += scale[r] · Σ_k rows[r][k] · query_q[k]      k < depth
 //
-// with a sum over k that starts from zero in every call and is always taken in the same order. Meanwhile they
-// fetch into cache what will be read later: rows lie too far apart for the hardware to see that coming.
+// with a sum over k that starts from zero in every call and is always taken in the same order. Meanwhile they fetch
+// what will be read later.
 
-// Few queries, rows as they are stored. Queries are interleaved by vectors of `lanes` numbers: the first vector
-// of each, the second of each, …, and what is left of each. A call fetches what it reads kAheadBytes later, but for
-// its last kAheadBytes, or all that it reads if that is less: for those as much from next[r].
-struct DotKernel {
-  int rows;
-  void (*run)(const void* const* rows, const void* const* next, const float* queries, size_t depth,
-              const float* scale, float* scores, size_t score_stride);
+// So many blocks of `depth` numbers, `stride` from one to the next.
+struct Blocks {
+  size_t count, depth, stride;
 };
 
-// Lines to fetch, one after another, while a kernel works. Into the second-level cache: there is more than the first
-// holds until they are read.
-struct Fetch {
-  const char* from;
-  size_t lines;
+// Few queries, rows as they are stored, one or several of their blocks with a scale each. Queries are interleaved by
+// vectors of `lanes` numbers of a block: the first vector of each, the second of each, …, and what is left of each.
+struct DotKernel {
+  int rows;
+  void (*run)(const void* const* rows, const FetchLines& fetch, const float* queries, const Blocks& blocks,
+              const float* const* scales, float* scores, size_t score_stride);
 };
 
 // Many queries: panel[k / group][query][k % group], zeros where k ≥ depth.
 struct PanelKernel {
   int rows;
   int queries;
-  void (*run)(const float* const* rows, const float* panel, size_t depth, const Fetch& fetch,
+  void (*run)(const float* const* rows, const float* panel, size_t depth, const FetchLines& fetch,
               const float* scale, float* scores, size_t score_stride);
 };
 
-constexpr size_t kLongBytes = 4096;   // of a row, from which on one query reads it by itself
-constexpr size_t kAheadBytes = 1024;  // how long before a row is read its lines are fetched
-constexpr int kMaxDotQueries = 4;
+constexpr int kMaxDotQueries = 8;
 constexpr int kMaxBlockRows = 12;
 
 constexpr size_t kChunkDepth = 256;  // numbers that are summed one after another: see scoring.h
 
 // What rows of one type need.
 struct RowKernels {
-  DotKernel dot[kMaxDotQueries];  // 1 to 4 queries
-  // Of one query, a row at a time, with the bits of dot[0]: fetches the row's pages and does not look at `next`. With
-  // more queries these, and not memory, would be waited for.
-  DotKernel long_dot;
+  DotKernel dot[kMaxDotQueries];                        // by number of queries
   void (*widen)(const void* in, size_t n, float* out);  // to what a panel kernel takes
 };
 
@@ -65,7 +58,8 @@ struct ScoringKernels {
   // them. Chunks of kChunkDepth numbers lie side by side in the query, lanes / group of them, those of all blocks one
   // after another and zeros where there is none: [k / group][chunk][k % group], depths padded with zeros to whole
   // vectors. Behind them in the same way what is left of each block. `sums` has room for one of every chunk.
-  float (*score_row)(const float* row, const float* query, size_t L, size_t d, const float* scales, float* sums);
+  float (*score_row)(const float* row, const float* query, size_t L, size_t d, const float* scales,
+                     float* sums);
 
   float (*sum_of_squares)(const float* in, size_t n);
 

@@ -4,7 +4,7 @@ import torch
 
 from trackstar_kernels._codes import NARROW, decode_rows
 from trackstar_kernels.scoring._hessian import Found, PreparedTask, Reached
-from trackstar_kernels.scoring._merge import merge_topk
+from trackstar_kernels.scoring._merge import best_first
 
 
 def score_topk(
@@ -97,4 +97,5 @@ def rescored_topk(
 def _topk(scores: torch.Tensor, k: int, largest: bool, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     Q, N = scores.shape
     indices = torch.arange(start, start + N, device=scores.device).expand(Q, N)
-    return merge_topk([(scores, indices)], k, largest)
+    order = best_first(scores, indices, largest)[:, :k]
+    return scores.gather(1, order), indices.gather(1, order)

@@ -401,18 +401,17 @@ class _Best:
     def add(self, scores: torch.Tensor, indices: torch.Tensor) -> None:
         self._parts.append((scores, indices))
         if self._count() >= 2 * self.k:
-            self._parts = [self.merged()]
-
-    def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return merge_topk(self._parts, self.k, self.largest)
+            self.merged()
 
     @property
     def reached(self) -> torch.Tensor | None:
         """Scores (Q,) that k rows have; None before there are as many."""
-        if self._count() < self.k:
-            return None
-        self._parts = [self.merged()]
-        return self._parts[0][0][:, -1].contiguous()
+        return self.merged()[0][:, -1].contiguous() if self._count() >= self.k else None
+
+    def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(self._parts) > 1:
+            self._parts = [merge_topk(self._parts, self.k, self.largest)]
+        return self._parts[0]
 
     def _count(self) -> int:
         return sum(scores.shape[1] for scores, _ in self._parts)

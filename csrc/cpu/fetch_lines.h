@@ -1,0 +1,17 @@
+// Lines to fetch while a micro-kernel works.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace trackstar {
+
+constexpr size_t kLineBytes = 64;
+
+// One after another, into the second-level cache: until they are read more goes through the first than it holds.
+struct FetchLines {
+  const uint8_t* from;
+  size_t lines;
+};
+
+}  // namespace trackstar
