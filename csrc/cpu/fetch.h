@@ -22,7 +22,7 @@ class Spread {
   Spread(const FetchLines& fetch, size_t steps)
       : at_(fetch.from),
         end_(at_ + fetch.lines * kLineBytes),
-        rate_((fetch.lines * kOne + steps - 1) / steps) {}
+        rate_(steps == 0 ? 0 : (fetch.lines * kOne + steps - 1) / steps) {}
 
   void next() {
     for (due_ += rate_; due_ >= kOne && at_ < end_; due_ -= kOne, at_ += kLineBytes)

@@ -8,6 +8,7 @@ Of rows that are kept twice, as codes and wider, a piece has either form. Beside
 those pages are fetched by whoever touches them.
 """
 
+import ctypes
 import itertools
 import mmap
 from collections.abc import Callable, Generator, Iterator
@@ -25,6 +26,12 @@ LONG_RUN = 4 << 20
 
 READ_STEP = 16 * mmap.PAGESIZE
 """Of so many bytes one is read to bring all into memory: the system maps that much around a page."""
+
+
+def _madvise(address: int, size: int, advice: int) -> None:
+    """Advice that needs not be taken. Unlike :meth:`mmap.mmap.madvise` it keeps no other thread from running Python."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice))
 
 
 class Piece:
@@ -89,7 +96,7 @@ class Piece:
             # to the next piece.
             start, stop = (offset // mmap.PAGESIZE * mmap.PAGESIZE for offset in (start, stop))
             if start < stop:
-                array.base.madvise(advice, start, stop - start)  # type: ignore[union-attr]
+                _madvise(array.ctypes.data + start, stop - start, advice)
 
     def _fetch(self) -> None:
         for array, start, stop in self._mapped():
