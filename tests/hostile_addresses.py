@@ -87,7 +87,10 @@ MISTAKES = [
         for value in values
     ),
     *((_C.Found, FOUND, name, value) for name in FOUND for value in (0, -1)),
-    *((_C.merge_topk, MERGED, "parts", value) for value in ([], [_C.Found(**FOUND | {"k": 1})], None, [None])),
+    *(
+        (_C.merge_topk, MERGED, "parts", value)
+        for value in ([], [_C.Found(**FOUND | {"k": 1})], None, [None])
+    ),
     (_C.score_topk, SCORED, "queries", 0),
     *((_C.Queries, QUERIES, name, value) for name in ("Q", "L", "d") for value in (0, -1, 2**47, 2**62)),
     (_C.Queries, QUERIES, "values", 0),

@@ -168,7 +168,9 @@ def test_scores_do_not_depend_on_company(backend, dtype, regime):
         with threads(n):
             assert torch.equal(everything(queries, rows), whole)
     assert torch.equal(everything(queries.flip(0), rows).flip(0), whole)
-    for first, last in [(0, 1), (1, 4), (0, 3), (1, 8)] if regime == "few" else [(0, 9), (3, 12), (20, 45), (7, 24)]:
+    for first, last in (
+        [(0, 1), (1, 4), (0, 3), (1, 8)] if regime == "few" else [(0, 9), (3, 12), (20, 45), (7, 24)]
+    ):
         assert torch.equal(everything(queries[first:last], rows), whole[first:last])
     for first, last in [(0, 1), (1, 8), (5, 60), (100, 203)]:
         assert torch.equal(everything(queries, rows[first:last]), whole[:, first:last])

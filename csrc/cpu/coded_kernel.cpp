@@ -129,7 +129,7 @@ __attribute__((noinline)) void few(const uint8_t* row, const float* scales, size
       });
 #pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) {
-        total[q] += to_floats(sum[q]) * splat(query_scales[q]) * splat(scales[b]);
+        total[q] += to_floats(sum[q]) * splat(query_scales[q] * scales[b]);
       }
     }
     row += block_bytes;

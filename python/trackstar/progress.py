@@ -5,28 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 LINE_EVERY = 10.0
 """Seconds between lines where the output is no terminal."""
-
-
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} {self._unit}/s" if task.speed else "")
 
 
 def console() -> Console:
@@ -49,16 +30,10 @@ def track(
     """
     screen = console()
     if screen.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(unit),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=screen, transient=passing) as bar:
-            task = bar.add_task(label, total=total, completed=done)
-            yield lambda count: bar.advance(task, count)
+        from trackstar.progress_bar import bar  # which takes as long to import as a small scan
+
+        with bar(screen, label, total, done, unit, passing) as advance_bar:
+            yield advance_bar
         return
     began = spoke = time.monotonic()
     fresh = 0
