@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import trackstar_kernels as tk
 from trackstar_kernels import _C, scoring
 from trackstar_kernels.scoring import _reference, merge_topk, prepare_task
-from trackstar_kernels.scoring._merge import best_first
 from trackstar_kernels.scoring._hessian import Hessian
+from trackstar_kernels.scoring._merge import best_first
 
 NATIVE = [f"cpu:{isa}" for isa in _C.available_isas()]
 BACKENDS = ["reference", *NATIVE, *CUDA]

@@ -52,7 +52,7 @@ def best_first(scores: torch.Tensor, indices: torch.Tensor, largest: bool) -> to
 def _merged(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor]], k: int, largest: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`merge_topk` of float32 results in C++: between the pieces of a scan a dozen small operations would tell."""
+    """:func:`merge_topk` of float32 results, in C++: a scan merges after every piece."""
     held = [(scores.contiguous(), indices.contiguous()) for scores, indices, *_ in parts]
     Q, k = len(held[0][0]), min(k, sum(scores.shape[1] for scores, _ in held))
     for scores, indices in held:
