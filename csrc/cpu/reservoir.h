@@ -59,6 +59,8 @@ class Reservoir {
   // A NaN threshold, which it is until something is known, lets everything through.
   bool wants(float score) const { return !(score <= threshold_); }
   float threshold() const { return threshold_; }
+  // Scores that are at most `floor` are of no interest any more.
+  void raise(float floor) { threshold_ = wants(floor) ? floor : threshold_; }
 
   void add(float score, uint32_t position) {
     if (keys_.size() == capacity_) weed();
@@ -71,7 +73,8 @@ class Reservoir {
   void weed() {
     auto kth = keys_.begin() + static_cast<ptrdiff_t>(k_ - 1);
     std::nth_element(keys_.begin(), kth, keys_.end());
-    threshold_ = score_of(*kth);
+    const float score = score_of(*kth);
+    if (wants(score) && !std::isnan(score)) threshold_ = score;
     keys_.resize(k_);
   }
 

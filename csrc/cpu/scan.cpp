@@ -25,14 +25,15 @@ size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * st
 
 }  // namespace
 
-Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_rows)
+Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_rows, SharedThresholds& shared)
     : kernels_(scoring_kernels()),
       width_(width),
       scores_(round_up(tile_rows, kMaxBlockRows) * width),
       above_(width, kInfinity),
       below_(width, -kInfinity),
       interesting_(width),
-      tile_rows_(tile_rows) {
+      tile_rows_(tile_rows),
+      shared_(shared) {
   for (const TopK& top : tops) {
     Selection selection{top.largest, {}};
     selection.reservoirs.reserve(top.Q);
@@ -49,8 +50,29 @@ Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_ro
 
 void Scan::run(size_t begin, size_t end) {
   for (size_t row = begin; row < end; row += tile_rows_) {
+    catch_up();
     look(row, std::min(tile_rows_, end - row));
   }
+}
+
+void Scan::catch_up() {
+  for (size_t top = 0; top < selections_.size(); ++top) {
+    std::vector<Reservoir>& reservoirs = selections_[top].reservoirs;
+    for (size_t q = 0; q < reservoirs.size(); ++q) {
+      const float floor = shared_.floor(top, q);
+      if (!(floor > -kInfinity) || !reservoirs[q].wants(floor)) continue;
+      const bool known = !std::isnan(reservoirs[q].threshold());
+      reservoirs[q].raise(floor);
+      set_threshold(top, q, known);
+    }
+  }
+}
+
+void Scan::set_threshold(size_t top, size_t query, bool was_known) {
+  const Selection& selection = selections_[top];
+  const float threshold = selection.reservoirs[query].threshold();
+  (selection.largest ? above_ : below_)[query] = selection.largest ? threshold : -threshold;
+  unsettled_ -= !was_known && !std::isnan(threshold);
 }
 
 void Scan::look(size_t row, size_t count) {
@@ -67,16 +89,18 @@ void Scan::look(size_t row, size_t count) {
 }
 
 void Scan::offer(size_t query, float score, uint32_t position) {
-  for (Selection& selection : selections_) {
+  for (size_t top = 0; top < selections_.size(); ++top) {
+    Selection& selection = selections_[top];
     if (query >= selection.reservoirs.size()) return;  // the NaN of a padding column
     Reservoir& reservoir = selection.reservoirs[query];
     const float signed_score = selection.largest ? score : -score;
     if (!reservoir.wants(signed_score)) continue;
-    const bool known = !std::isnan(reservoir.threshold());
+    const float before = reservoir.threshold();
     reservoir.add(signed_score, position);
-    unsettled_ -= !known && !std::isnan(reservoir.threshold());
-    (selection.largest ? above_ : below_)[query] =
-        selection.largest ? reservoir.threshold() : -reservoir.threshold();
+    const float threshold = reservoir.threshold();
+    if (threshold == before || std::isnan(threshold)) continue;
+    shared_.raise(top, query, threshold);
+    set_threshold(top, query, !std::isnan(before));
   }
 }
 

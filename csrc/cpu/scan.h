@@ -10,6 +10,7 @@
 #include "cpu/aligned.h"
 #include "cpu/reservoir.h"
 #include "cpu/scoring_kernel.h"
+#include "cpu/shared_thresholds.h"
 #include "scoring.h"
 
 namespace trackstar {
@@ -35,8 +36,9 @@ class Search {
 // A search that scores every row.
 class Scan : public Search {
  public:
-  // `width` columns of scores, of which the first are the queries'; `tile_rows` rows are scored together.
-  Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_rows);
+  // `width` columns of scores, of which the first are the queries'; `tile_rows` rows are scored together. All threads
+  // share the same thresholds.
+  Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_rows, SharedThresholds& shared);
 
   void run(size_t begin, size_t end) final;
   size_t tile_rows() const final { return tile_rows_; }
@@ -70,7 +72,13 @@ class Scan : public Search {
     std::vector<Reservoir> reservoirs;
   };
 
+  // Takes over what other threads know.
+  void catch_up();
+  // A result's threshold for a query, after it has changed.
+  void set_threshold(size_t top, size_t query, bool was_known);
+
   size_t tile_rows_;
+  SharedThresholds& shared_;
   std::vector<Selection> selections_;
   size_t unsettled_ = 0;
 };

@@ -73,8 +73,8 @@ class ScoreScan : public Scan {
  public:
   // `bytes` may be null.
   ScoreScan(const Matrix& queries, const ByteQueries* bytes, Experience& experience, const Rows& rows,
-            const std::vector<TopK>& tops)
-      : Scan(tops, rows.N, queries.width(), rows_of_tile(queries.block_rows(), queries.bytes())),
+            const std::vector<TopK>& tops, SharedThresholds& shared)
+      : Scan(tops, rows.N, queries.width(), rows_of_tile(queries.block_rows(), queries.bytes()), shared),
         reader_(rows, tile_rows()),
         queries_(queries),
         bytes_(bytes ? std::make_unique<ByteRows>(*bytes, rows) : nullptr),
@@ -142,8 +142,10 @@ namespace {
 
 template <typename Layout>
 void scan(Layout& queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
+  SharedThresholds shared(tops.size(), tops.front().Q);
   run_scans(rows.N, tops, threads, [&] {
-    return std::make_unique<ScoreScan>(queries.matrix, queries.bytes.get(), queries.experience, rows, tops);
+    return std::make_unique<ScoreScan>(queries.matrix, queries.bytes.get(), queries.experience, rows, tops,
+                                       shared);
   });
 }
 

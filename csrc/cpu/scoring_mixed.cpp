@@ -57,8 +57,8 @@ namespace {
 template <typename Layout>
 class TaskScan : public Scan {
  protected:
-  TaskScan(const Layout& task, const Rows& rows, const std::vector<TopK>& tops)
-      : Scan(tops, rows.N, task.combine.front().width(), rows_of_tile(task)),
+  TaskScan(const Layout& task, const Rows& rows, const std::vector<TopK>& tops, SharedThresholds& shared)
+      : Scan(tops, rows.N, task.combine.front().width(), rows_of_tile(task), shared),
         task_(task),
         rows_(rows),
         squares_(tile_rows()),
@@ -125,8 +125,8 @@ template <typename Layout>
 class MixedScan : public TaskScan<Layout> {
  public:
   MixedScan(const Layout& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
-            bool* doubtful)
-      : TaskScan<Layout>(task, rows, tops), squared_norms_(squared_norms), doubtful_(doubtful) {}
+            bool* doubtful, SharedThresholds& shared)
+      : TaskScan<Layout>(task, rows, tops, shared), squared_norms_(squared_norms), doubtful_(doubtful) {}
 
  private:
   void score(size_t row, size_t count) override {
@@ -157,8 +157,8 @@ class MixedScan : public TaskScan<Layout> {
 template <typename Layout>
 class PartsScan : public TaskScan<Layout> {
  public:
-  PartsScan(const Layout& task, const Rows& rows, const MixedParts& parts)
-      : TaskScan<Layout>(task, rows, {}), parts_(parts) {}
+  PartsScan(const Layout& task, const Rows& rows, const MixedParts& parts, SharedThresholds& shared)
+      : TaskScan<Layout>(task, rows, {}, shared), parts_(parts) {}
 
  private:
   void score(size_t row, size_t count) override {
@@ -183,13 +183,16 @@ class PartsScan : public TaskScan<Layout> {
 void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
                 bool* doubtful, int threads) {
   using Scan = MixedScan<Task::Layout>;
-  run_scans(rows.N, tops, threads,
-            [&] { return std::make_unique<Scan>(*task.layout_, squared_norms, rows, tops, doubtful); });
+  SharedThresholds shared(tops.size(), tops.front().Q);
+  run_scans(rows.N, tops, threads, [&] {
+    return std::make_unique<Scan>(*task.layout_, squared_norms, rows, tops, doubtful, shared);
+  });
 }
 
 void mixed_parts(const Task& task, const Rows& rows, const MixedParts& parts, int threads) {
   using Scan = PartsScan<Task::Layout>;
-  run_scans(rows.N, {}, threads, [&] { return std::make_unique<Scan>(*task.layout_, rows, parts); });
+  SharedThresholds shared(0, 0);
+  run_scans(rows.N, {}, threads, [&] { return std::make_unique<Scan>(*task.layout_, rows, parts, shared); });
 }
 
 }  // namespace trackstar
