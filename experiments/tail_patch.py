@@ -26,7 +26,7 @@ from experiments.ladder import TRACKSTAR, scored
 from experiments.lds import spearman
 from experiments.provenance import checkpoint, load_model, optimizer_file, questions
 from experiments.scores import ranking
-from experiments.study import Study, study
+from experiments.study import Study, chosen, parser
 
 METHODS = (TRACKSTAR, "V, R, norm", "EK-FAC", "cosine", "dot", "BM25", "embeddings")
 
@@ -49,7 +49,10 @@ Changes = Mapping[str, float]
 
 def main(argv: list[str] | None = None) -> int:
     """Step on the proponents of some questions by every method, and on the gold that looks like an opponent."""
-    here = study(__doc__, argv)
+    options = parser(__doc__)
+    options.add_argument("--questions", type=int, metavar="N", help="step on the proponents of N questions")
+    given = options.parse_args(argv)
+    here = chosen(given)
     passages, _ = corpus.load(here)
     asked = questions(here)
     ids = [passage["id"] for passage in passages]
@@ -58,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         for method in METHODS
     }
     lists = proponents(here, asked, ids)
-    chosen = drawn(here, len(asked), QUESTIONS[here.name])
-    tried = {q: list(dict.fromkeys(name for rows in lists.values() for name in rows[q])) for q in chosen}
+    places = drawn(here, len(asked), given.questions or QUESTIONS[here.name])
+    tried = {q: list(dict.fromkeys(name for rows in lists.values() for name in rows[q])) for q in places}
     for q in lowest_gold(asked, scores[TRACKSTAR])[: OPPONENTS[here.name]]:
         tried.setdefault(q, asked[q]["gold"])
     patch = steps(here, [asked[q] for q in tried], passages, list(tried.values()))
@@ -68,22 +71,22 @@ def main(argv: list[str] | None = None) -> int:
         for names, row in zip(tried.values(), patch.gains.tolist(), strict=True)
     ]
     idle = (patch.idle.exp() - patch.before.exp()).tolist()
-    first = len(chosen)
+    first = len(places)
     results = {
         "gains": gains(
-            {method: [rows[q] for q in chosen] for method, rows in lists.items()},
+            {method: [rows[q] for q in places] for method, rows in lists.items()},
             changes[:first],
             idle[:first],
         ),
         "agreement": [
-            {"method": method, "rank correlation": agreement([of[q] for q in chosen], changes[:first])}
+            {"method": method, "rank correlation": agreement([of[q] for q in places], changes[:first])}
             for method, of in scores.items()
         ],
         "gold": gold_passages(
             [asked[q] for q in tried], [scores[TRACKSTAR][q] for q in tried], changes, patch
         ),
     }
-    here.write("tail_patch", results, questions=len(chosen), clip=CLIP)
+    here.write("tail_patch", results, questions=len(places), clip=CLIP)
     return 0
 
 

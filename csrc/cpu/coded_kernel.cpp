@@ -353,17 +353,15 @@ inline void for_vectors(const float* values, size_t n, Use use) {
   }
 }
 
-void to_bytes(const float* values, const Runs& runs, const float* blocks, const FetchLines& fetch,
-              uint8_t* bytes, float* scales, size_t stride, double* squares) {
+void to_bytes(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,
+              size_t stride, double* squares) {
   constexpr float kMagic = 0x1.8p23f + 128;  // of which whole numbers, plus 128, are the last bits
   constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
   constexpr size_t kTogether = 16;  // runs, whose sizes are found first: no run waits for its own
-  Spread ahead(fetch, 2 * runs.count);
   for (size_t first = 0; first < runs.count; first += kTogether) {
     const size_t count = runs.count - first < kTogether ? runs.count - first : kTogether;
     float largest[kTogether];
     for (size_t i = 0; i < count; ++i) {
-      ahead.next();
       Sums most = {};  // as whole numbers floats are in order, and NaN is the largest of all
       for_vectors(values + i * runs.size, runs.size, [&](Vec value, size_t) {
         const Sums size = (Sums)value & 0x7FFFFFFF;
@@ -374,7 +372,6 @@ void to_bytes(const float* values, const Runs& runs, const float* blocks, const 
     }
     Vec square = {}, lost = {};
     for (size_t i = 0; i < count; ++i, values += runs.size, bytes += runs.padded) {
-      ahead.next();
       const float most = largest[i], block = blocks[(first + i) / runs.of_block];
       const bool fits = most == 0 || (most >= kSmallest && most <= kLargest);
       const float scale = fits ? most / 127 : __builtin_nanf("");

@@ -70,6 +70,9 @@ struct Runs {
   size_t count, size, padded, of_block;
 };
 
+// Squares of what rounding such numbers loses are still ordinary float32 numbers when they have been scaled.
+constexpr float kSmallestBlock = 1e-6f;
+
 struct CodedKernels {
   int lanes;
   int top;
@@ -81,9 +84,10 @@ struct CodedKernels {
   // A row of floats, rounded run by run to bytes code + 128 with codes from -127 to 127, each run padded with 128 to whole
   // vectors. A run's scale goes to scales[i · stride], NaN where its numbers are too large or too small, and is
   // multiplied by that of its block. Adds the row's sum of squares Σ (block · values)² to squares[0] and of what
-  // rounding takes from it to squares[1], up to their own rounding. Meanwhile it fetches lines.
-  void (*to_bytes)(const float* values, const Runs& runs, const float* blocks, const FetchLines& fetch,
-                   uint8_t* bytes, float* scales, size_t stride, double* squares);
+  // rounding takes from it to squares[1], up to their own rounding, as long as
+  // no block's scale but 0 is smaller than kSmallestBlock.
+  void (*to_bytes)(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,
+                   size_t stride, double* squares);
 
   // Σ_i row_scales[i · stride] · query_scales[i] · (starts[i] + Σ_k bytes_i,k · codes_i,k) over runs of `padded` bytes and
   // codes, at most kMaxPiece, whole vectors.

@@ -120,7 +120,7 @@ void ByteRows::open(size_t row, size_t count) {
   multiply(count);
 }
 
-// A NaN among a row's scales makes all its rough scores NaN, which rule out nothing.
+// A row without bounds gets a norm of NaN, which rules out nothing.
 void ByteRows::round(size_t r) {
   const auto* row = reinterpret_cast<const float*>(row_at(rows_, row_ + r));
   if (widen_) {
@@ -130,17 +130,18 @@ void ByteRows::round(size_t r) {
   const float* blocks = scales(r);
   double squares[2] = {};
   kernels_.to_bytes(row, {runs_, queries_.size, rounded_.padded, queries_.runs}, blocks,
-                    ahead_.take(ahead_.lines() / 100 / tile_rows_), bytes_.data() + r * stride_,
-                    scales_.data() + r, tile_rows_, squares);
+                    bytes_.data() + r * stride_, scales_.data() + r, tile_rows_, squares);
   // What the sums of squares and the differences lost to rounding counts as well.
   const double norm = 1.001 * std::sqrt(squares[0]);
   const double rest = 1.001 * std::sqrt(squares[1]) + 0x1p-22 * norm;
-  const bool known = std::all_of(blocks, blocks + rows_.L, bounded);
+  const bool known = std::all_of(blocks, blocks + rows_.L, [](float block) {
+    return block == 0 || (std::fabs(block) >= kSmallestBlock && bounded(std::fabs(block)));
+  });
   norms_[r] = known ? static_cast<float>(norm + rest) : std::numeric_limits<float>::quiet_NaN();
   rests_[r] = static_cast<float>(rest);
 }
 
-// The rough scores of the tile.
+// The rough scores of the tile; meanwhile the next one is fetched. (Rounding is reading already.)
 void ByteRows::multiply(size_t count) {
   const size_t step = rounded_.panels.front().kernel->rows;
   const size_t calls = runs_ * rounded_.chunks * rounded_.panels.size() * ((count + step - 1) / step);

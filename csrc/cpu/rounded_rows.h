@@ -18,7 +18,7 @@ struct ByteQueries {
   // Queries (Q, L, d), dense; fits(Q, d).
   ByteQueries(const float* values, size_t Q, size_t L, size_t d);
 
-  static constexpr size_t kRun = 256, kLeast = 16;
+  static constexpr size_t kRun = 256, kLeast = 17;
   // Whether they can be rounded, and whether that may save more than it costs.
   static bool fits(size_t Q, size_t d);
 

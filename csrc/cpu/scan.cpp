@@ -59,11 +59,10 @@ void Scan::catch_up() {
   for (size_t top = 0; top < selections_.size(); ++top) {
     std::vector<Reservoir>& reservoirs = selections_[top].reservoirs;
     for (size_t q = 0; q < reservoirs.size(); ++q) {
-      const float floor = shared_.floor(top, q);
-      if (!(floor > -kInfinity) || !reservoirs[q].wants(floor)) continue;
-      const bool known = !std::isnan(reservoirs[q].threshold());
-      reservoirs[q].raise(floor);
-      set_threshold(top, q, known);
+      const float score = shared_.score(top, q), threshold = reservoirs[q].threshold();
+      if (score <= threshold || score == -kInfinity) continue;
+      reservoirs[q].raise(std::nextafter(score, -kInfinity));
+      set_threshold(top, q, !std::isnan(threshold));
     }
   }
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <cmath>
 #include <cstddef>
 #include <limits>
 #include <vector>
@@ -24,9 +23,9 @@ class SharedThresholds {
     }
   }
 
-  // What a score must exceed to be of interest, -∞ while nothing is known: equal ones may have smaller positions.
-  float floor(size_t top, size_t query) const {
-    return std::nextafter(scores_[top * Q_ + query].load(std::memory_order_relaxed), -kInfinity);
+  // The best such score, -∞ while there is none. Equal scores are still of interest, as they may have smaller positions.
+  float score(size_t top, size_t query) const {
+    return scores_[top * Q_ + query].load(std::memory_order_relaxed);
   }
 
  private:
