@@ -22,13 +22,12 @@ class RowReader {
   // Goes to the tile of rows row … row + count - 1, at most tile_rows.
   void open(size_t row, size_t count);
 
-  // The same of all blocks, block by block or, where the matrix is interleaved, at once; of panels begin … end - 1.
-  void multiply(const Matrix& matrix, size_t begin, size_t end, float* out, size_t stride);
-
   // out (count, stride) += block b of the tile's rows times block `matrix_b` of a matrix; if that has panels, of
   // panels begin … end - 1.
   void multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t begin, size_t end, float* out,
                 size_t stride);
+  // All blocks of the rows times those of the matrix.
+  void multiply(const Matrix& matrix, size_t begin, size_t end, float* out, size_t stride);
 
  private:
   // Blocks b … b + count - 1 times as many of a matrix from matrix_b on, all at once where they can be.
