@@ -96,7 +96,7 @@ def test_the_answer_is_that_of_the_rows(made, shape, dtype, largest):
 @pytest.mark.parametrize("shape", [(3, 256), (2, 300), (5, 70)], ids=str)
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_single_call_rounds_too(shape, dtype, scaled, largest):
-    """To the bit, on a row that one query alone cares for too; scales may be negative, tiny, zero and no numbers at all."""
+    """To the bit, on a row for one query alone too; scales may be negative, tiny, zero and no numbers at all."""
     queries, rows = random(Q, *shape, 0), random(ENOUGH, *shape, 1)
     rows[1500] = 3 * queries[17]
     rows = rows.to(dtype)
