@@ -289,20 +289,25 @@ __attribute__((noinline)) void panel(const uint8_t* rows, size_t row_stride, con
 
 // ---- Queries, scales, thresholds --------------------------------------------------------------------------
 
-void sizes(const float* values, size_t n, float* largest, float* square) {
-  Vec most = {}, squares = {};
-  const auto add = [&](Vec value) {
-    const Vec size = value < 0 ? -value : value;
-    most = size <= most ? most : size;  // a NaN stays
-    squares += size * size;
-  };
+// Calls use(values, i) for every vector of n numbers, the last one padded with zeros.
+template <typename Use>
+inline void for_vectors(const float* values, size_t n, Use use) {
   size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(load(values + i));
+  for (; i + kLanes <= n; i += kLanes) use(load(values + i), i);
   if (i < n) {
     float tail[kLanes] = {};
     for (size_t j = 0; i + j < n; ++j) tail[j] = values[i + j];
-    add(load(tail));
+    use(load(tail), i);
   }
+}
+
+void sizes(const float* values, size_t n, float* largest, float* square) {
+  Vec most = {}, squares = {};
+  for_vectors(values, n, [&](Vec value, size_t) {
+    const Vec size = value < 0 ? -value : value;
+    most = size <= most ? most : size;  // a NaN stays
+    squares += size * size;
+  });
   sum_lanes<1>(&squares, square);
   // NaN is the largest of all, as whole numbers too.
   const int32_t top = largest_of((Sums)most);
@@ -339,18 +344,6 @@ float round(const float* values, size_t d, int8_t* codes, double* squares) {
   squares[0] += unit * square > most ? unit * square : most;
   squares[1] += unit * lost;
   return scale;
-}
-
-// Calls use(values, i) for every vector of n numbers, the last one padded with zeros.
-template <typename Use>
-inline void for_vectors(const float* values, size_t n, Use use) {
-  size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) use(load(values + i), i);
-  if (i < n) {
-    float tail[kLanes] = {};
-    for (size_t j = 0; i + j < n; ++j) tail[j] = values[i + j];
-    use(load(tail), i);
-  }
 }
 
 void to_bytes(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,

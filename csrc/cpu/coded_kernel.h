@@ -84,8 +84,8 @@ struct CodedKernels {
   // A row of floats, rounded run by run to bytes code + 128 with codes from -127 to 127, each run padded with 128 to whole
   // vectors. A run's scale goes to scales[i · stride], NaN where its numbers are too large or too small, and is
   // multiplied by that of its block. Adds the row's sum of squares Σ (block · values)² to squares[0] and of what
-  // rounding takes from it to squares[1], up to their own rounding, as long as
-  // no block's scale but 0 is smaller than kSmallestBlock.
+  // rounding takes from it to squares[1], up to their own rounding, as long as no block's scale but 0 is smaller than
+  // kSmallestBlock.
   void (*to_bytes)(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,
                    size_t stride, double* squares);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/ahead.h"
 #include "cpu/isa.h"
 
 namespace trackstar {
@@ -30,8 +31,6 @@ namespace {
 
 // A piece's tables stay in the first-level cache while they are looked up for all rows of a tile.
 constexpr size_t kTileRows = 4 * kTableRows;
-
-constexpr size_t kLineBytes = 64;
 
 }  // namespace
 
@@ -120,18 +119,18 @@ class SignSearch : public Filter {
       rows[r] = reinterpret_cast<const uint32_t*>(row_at(rows_, row + std::min(r, count - 1)));
     }
     std::fill(scores_.begin(), scores_.end(), 0.0f);
-    const auto* next = reinterpret_cast<const char*>(row_at(rows_, row + kTileRows));
+    Ahead ahead;
+    ahead.open(rows_, row + kTileRows, kTileRows);
     const size_t calls = tables_.pieces.size() * kTileRows / kTableRows;
-    const size_t bytes = sizeof(uint32_t) * kTileRows * static_cast<size_t>(rows_.stride);
-    const size_t lines = (bytes / kLineBytes + calls - 1) / calls;
+    const size_t lines = (ahead.lines() + calls - 1) / calls;
     for (size_t p = 0; p < tables_.pieces.size(); ++p) {
       const SignTables::Piece& piece = tables_.pieces[p];
       for (size_t q = 0; q < Q_; q += kMaxTableQueries) {
         const auto run = tables_.kernels.run[std::min(kMaxTableQueries, Q_ - q) - 1];
         for (size_t r = 0; r < count; r += kTableRows) {
-          // Into the second-level cache, and in order, as prefetchers like it: rows are taken a piece at a time.
-          for (size_t line = 0; q == 0 && line < lines; ++line, next += kLineBytes) {
-            __builtin_prefetch(next, 0, 2);
+          const FetchLines fetch = ahead.take(q == 0 ? lines : 0);
+          for (size_t line = 0; line < fetch.lines; ++line) {
+            __builtin_prefetch(fetch.from + line * kLineBytes, 0, 2);
           }
           run(rows + r, piece.word, piece.words,
               tables_.tables.data() + q * tables_.stride + piece.word * kWordTables, tables_.stride,
