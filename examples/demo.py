@@ -106,13 +106,12 @@ def finished_store(
     """The store at ``path``: opened if complete, else begun, or finished where a run was interrupted."""
     try:
         store = trackstar.open_store(path)
-    except FileNotFoundError:
-        with watch.stage("second moments"):
-            correction = estimated_correction(model, tokenizer, passages)
-    else:
         if store.complete:
             return store
         correction = store.correction
+    except (FileNotFoundError, trackstar.StoreError):  # None is there, or none that got as far as its correction.
+        with watch.stage("second moments"):
+            correction = estimated_correction(model, tokenizer, passages)
     with watch.stage("build"):
         return trackstar.build_store(
             path, model, passages, tokenizer=tokenizer, spec=SPEC, correction=correction, dtype="float16"

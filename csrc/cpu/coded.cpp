@@ -1,6 +1,7 @@
 #include "cpu/coded.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -157,9 +158,21 @@ class CodedSearch : public Filter {
       if (!sought_.squared_norms && reaching(side, scores, most_norm(n), 0.0f) == 0) return;
       squares_[r] = code_.square(row_at(rows_, n), block_bytes_, scales(n), rows_.L, rows_.d);
     }
-    const float rest = sought_.squared_norms ? rest_of(n, squares_[r]) : 0.0f;
-    const size_t count = reaching(side, scores, norm_of(n, squares_[r]), rest);
-    for (size_t i = 0; i < count; ++i) enter(side, which_[i], upper_[which_[i]], n);
+    const float norm = norm_of(n, squares_[r]), rest = sought_.squared_norms ? rest_of(n, squares_[r]) : 0.0f;
+    const size_t count = reaching(side, scores, norm, rest);
+    const ScoreBounds& fine = rounded_.rests.bounds;
+    for (size_t i = 0; i < count; ++i) {
+      const size_t q = which_[i];
+      float upper = upper_[q];
+      if (!std::isnan(side.thresholds[q])) {
+        // A second look, at what was left of the query when it was rounded, is cheap beside an exact score.
+        float left;
+        code_.few[0](row_at(rows_, n), scales(n), block_bytes_, rounded_.rest(q), &left);
+        upper = side.sign * (scores[q] + left) + norm * fine.wide[q] + rest * fine.far[q];
+        if (upper <= side.thresholds[q]) continue;
+      }
+      enter(side, q, upper, n);
+    }
   }
 
   size_t reaching(const Side& side, const float* scores, float norm, float rest) {

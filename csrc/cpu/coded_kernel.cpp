@@ -387,14 +387,15 @@ void to_bytes(const float* values, const Runs& runs, const float* blocks, uint8_
   }
 }
 
-float product(const uint8_t* bytes, const int8_t* codes, size_t runs, size_t padded, const int32_t* starts,
-              const float* row_scales, size_t stride, const float* query_scales) {
+float product(const uint8_t* bytes, size_t padded, const float* scales, size_t stride,
+              const FewQueries& query) {
+  const int8_t* codes = query.codes;
   float total = 0;
-  for (size_t i = 0; i < runs; ++i, bytes += padded, codes += padded) {
-    Sums sums = {starts[i]};
+  for (size_t b = 0; b < query.L; ++b, bytes += padded, codes += padded) {
+    Sums sums = load_sums(query.starts + b * kLanes);
     for (size_t k = 0; k < padded; k += kBytes)
       sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
-    total += row_scales[i * stride] * query_scales[i] * static_cast<float>(sum_of(sums));
+    total += scales[b * stride] * query.scales[b] * static_cast<float>(sum_of(sums));
   }
   return total;
 }

@@ -89,10 +89,10 @@ struct CodedKernels {
   void (*to_bytes)(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,
                    size_t stride, double* squares);
 
-  // Σ_i row_scales[i · stride] · query_scales[i] · (starts[i] + Σ_k bytes_i,k · codes_i,k) over runs of `padded` bytes and
-  // codes, at most kMaxPiece, whole vectors.
-  float (*product)(const uint8_t* bytes, const int8_t* codes, size_t runs, size_t padded,
-                   const int32_t* starts, const float* row_scales, size_t stride, const float* query_scales);
+  // Score of one query and a row of `padded` bytes a block, at most kMaxPiece, whole vectors, block b's scale at
+  // scales[b · stride].
+  float (*product)(const uint8_t* bytes, size_t padded, const float* scales, size_t stride,
+                   const FewQueries& query);
 
   // The largest magnitude of n numbers, NaN if there is a NaN, and the sum of their squares.
   void (*sizes)(const float* values, size_t n, float* largest, float* square);

@@ -35,7 +35,7 @@ class Contest {
     waiting_.reserve(capacity_);
   }
 
-  static size_t waiting_room(size_t k) { return 2 * k + 512; }
+  static size_t waiting_room(size_t k) { return 2 * k + 128; }
 
   // A row whose bound is at most this cannot be among the best, if its position is larger than all so far. NaN as
   // long as every row can.

@@ -16,9 +16,15 @@ size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * st
 
 RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t d, const CodeKernels& code,
                                const CodedKernels& kernels, size_t exact_roundings)
-    : padded(round_up(d, code.elements)), chunks((padded + kChunk - 1) / kChunk), bounds(Q) {
+    : L(L),
+      d(d),
+      padded(round_up(d, code.elements)),
+      chunks((padded + kChunk - 1) / kChunk),
+      bounds(Q),
+      rests{Aligned<int8_t>(Q * L * padded), {}, std::vector<float>(Q * L), ScoreBounds(Q)} {
   const size_t lanes = kernels.lanes, bytes = 4 * lanes;
   const size_t pieces = (d + kMaxPiece - 1) / kMaxPiece;
+  rests.starts.resize(Q * L * pieces * lanes);
   if (Q <= kMostFew) {
     for (size_t first = 0; first < Q; first += kMaxFewQueries) {
       const size_t count = std::min<size_t>(kMaxFewQueries, Q - first);
@@ -37,20 +43,34 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
     width = panels.back().first + panels.back().kernel->queries;
   }
 
+  // In the order of a row's bytes.
+  const auto order = [&](const std::vector<int8_t>& plain, int8_t* ordered) {
+    if (code.elements == bytes) {
+      std::copy(plain.begin(), plain.end(), ordered);
+      return;
+    }
+    for (size_t i = 0; i < padded; i += code.elements) {
+      for (size_t j = 0; j < code.elements / 2; ++j) {
+        ordered[i + j] = plain[i + 2 * j];
+        ordered[i + code.elements / 2 + j] = plain[i + 2 * j + 1];
+      }
+    }
+  };
   std::vector<int8_t> plain(padded), ordered(padded);
+  std::vector<float> rest(d);
   for (size_t q = 0; q < Q; ++q) {
-    double squares[2] = {};
+    double squares[2] = {}, rest_squares[2] = {};
     for (size_t b = 0; b < L; ++b) {
-      const float scale = code.sign * kernels.round(queries + (q * L + b) * d, d, plain.data(), squares);
-      if (code.elements == bytes) {
-        ordered = plain;
-      } else {
-        for (size_t i = 0; i < padded; i += code.elements) {
-          for (size_t j = 0; j < code.elements / 2; ++j) {
-            ordered[i + j] = plain[i + 2 * j];
-            ordered[i + code.elements / 2 + j] = plain[i + 2 * j + 1];
-          }
-        }
+      const float* values = queries + (q * L + b) * d;
+      const float unit = kernels.round(values, d, plain.data(), squares), scale = code.sign * unit;
+      order(plain, ordered.data());
+      for (size_t i = 0; i < d; ++i) rest[i] = values[i] - unit * static_cast<float>(plain[i]);
+      rests.scales[q * L + b] = code.sign * kernels.round(rest.data(), d, plain.data(), rest_squares);
+      int8_t* rest_codes = rests.codes.data() + (q * L + b) * padded;
+      order(plain, rest_codes);
+      for (size_t i = 0; i < padded; ++i) {
+        rests.starts[((q * L + b) * pieces + i / kMaxPiece) * lanes + i % bytes / 4] -=
+            code.bias * rest_codes[i];
       }
       if (!few.empty()) {
         Few& group = few[q / kMaxFewQueries];
@@ -78,7 +98,9 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
         }
       }
     }
-    bounds.set(q, squares[0], squares[1], exact_roundings + L * std::max(pieces, chunks) + lanes + 16);
+    const size_t roundings = L * std::max(pieces, chunks) + lanes;
+    bounds.set(q, squares[0], squares[1], exact_roundings + roundings + 16);
+    rests.bounds.set(q, squares[0], rest_squares[1], exact_roundings + 2 * roundings + 16);
   }
 }
 

@@ -35,6 +35,20 @@ struct RoundedQueries {
   // cache.
   static size_t row_stride(size_t bytes) { return bytes / 64 % 2 ? bytes : bytes + 64; }
 
+  // What rounding left over of each query, rounded once more: each by itself, as FewQueries has it.
+  struct Rests {
+    Aligned<int8_t> codes;        // (Q, L, padded)
+    std::vector<int32_t> starts;  // (Q, L, pieces, lanes)
+    std::vector<float> scales;    // (Q, L)
+    ScoreBounds bounds;           // of rough scores and these together
+  };
+  FewQueries rest(size_t q) const {
+    return {L, d, rests.codes.data() + q * L * padded,
+            rests.starts.data() + q * rests.starts.size() / rests.bounds.wide.size(),
+            rests.scales.data() + q * L};
+  }
+
+  size_t L, d;
   size_t padded;  // elements of a block
   size_t chunks;  // of a block
   // Either few or panels.
@@ -43,6 +57,7 @@ struct RoundedQueries {
   size_t width;  // of a tile of scores, padding included
 
   ScoreBounds bounds;
+  Rests rests;
 };
 
 }  // namespace trackstar

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "cpu/coded.h"
 #include "cpu/filter.h"
@@ -40,31 +39,8 @@ ByteQueries::ByteQueries(const float* given, size_t Q, size_t L, size_t d)
       d(d),
       runs(d % kRun == 0 ? d / kRun : 1),
       size(d / runs),
-      rounded(given, Q, L * runs, size, code_kernels(RowType::int8), coded_kernels(), roundings(L, d)),
-      rest_codes(Q * L * runs * rounded.padded),
-      rest_starts(Q * L * runs),
-      rest_scales(Q * L * runs),
-      rest_bounds(Q) {
-  round_rests(given, Q);
+      rounded(given, Q, L * runs, size, code_kernels(RowType::int8), coded_kernels(), roundings(L, d)) {
   lay_across(given, Q);
-}
-
-void ByteQueries::round_rests(const float* given, size_t Q) {
-  const CodedKernels& kernels = coded_kernels();
-  std::vector<int8_t> first(size);
-  std::vector<float> rest(size);
-  for (size_t q = 0; q < Q; ++q) {
-    double squares[2] = {}, rests[2] = {};
-    for (size_t i = q * L * runs; i < (q + 1) * L * runs; ++i) {
-      const float* from = given + i * size;
-      const float scale = kernels.round(from, size, first.data(), squares);
-      for (size_t j = 0; j < size; ++j) rest[j] = from[j] - scale * static_cast<float>(first[j]);
-      int8_t* to = rest_codes.data() + i * rounded.padded;
-      rest_scales[i] = kernels.round(rest.data(), size, to, rests);
-      rest_starts[i] = -code_kernels(RowType::int8).bias * std::accumulate(to, to + size, 0);
-    }
-    rest_bounds.set(q, squares[0], rests[1], roundings(L, d) + 2 * L * runs * rounded.chunks + 16);
-  }
 }
 
 void ByteQueries::lay_across(const float* given, size_t Q) {
@@ -166,18 +142,16 @@ void ByteRows::multiply(size_t count) {
 }
 
 size_t ByteRows::doubtful(size_t r, const float* above, const float* below, uint32_t* which) const {
-  const ScoreBounds &rough = rounded_.bounds, &fine = queries_.rest_bounds;
+  const ScoreBounds &rough = rounded_.bounds, &fine = rounded_.rests.bounds;
   const float* scores = scores_.data() + r * rounded_.width;
   const size_t found = kernels_.doubtful(scores, rough.wide.size(), norms_[r], rough.wide.data(), rests_[r],
                                          rough.far.data(), above, below, which);
   // A second look, at what was left of those queries when they were rounded, is cheap beside a score.
   size_t count = 0;
   for (size_t i = 0; i < found; ++i) {
-    const size_t q = which[i], at = q * runs_;
-    const float rest =
-        kernels_.product(bytes_.data() + r * stride_, queries_.rest_codes.data() + at * rounded_.padded,
-                         runs_, rounded_.padded, queries_.rest_starts.data() + at, scales_.data() + r,
-                         tile_rows_, queries_.rest_scales.data() + at);
+    const size_t q = which[i];
+    const float rest = kernels_.product(bytes_.data() + r * stride_, rounded_.padded, scales_.data() + r,
+                                        tile_rows_, rounded_.rest(q));
     const float score = scores[q] + rest, margin = norms_[r] * fine.wide[q] + rests_[r] * fine.far[q];
     if (!(score + margin <= above[q]) || !(score - margin >= below[q])) which[count++] = q;
   }

@@ -26,17 +26,10 @@ struct ByteQueries {
   size_t runs, size;  // of a block
   RoundedQueries rounded;
 
-  // What rounding left over, rounded once more, and the bounds of rough scores with that.
-  Aligned<int8_t> rest_codes;        // (Q, L · runs, padded)
-  std::vector<int32_t> rest_starts;  // (Q, L · runs)
-  std::vector<float> rest_scales;    // (Q, L · runs)
-  ScoreBounds rest_bounds;
-
   Aligned<float> values;
   size_t stride;  // of one query's values
 
  private:
-  void round_rests(const float* given, size_t Q);
   void lay_across(const float* given, size_t Q);
 };
 

@@ -23,70 +23,97 @@ constexpr int kGroup = 1;
 
 // ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
 
-// Enough sums for additions not to wait for one another; otherwise few rows, as memory likes them one by one.
-constexpr int dot_rows(int queries) {
-  const int most = kDotSums / queries, least = queries == 1 ? 1 : 3;
-  return most < least ? most : least;
-}
+// Enough for additions not to wait for one another, and few, as memory likes rows one by one.
+constexpr int dot_rows(int queries) { return queries == 1 ? 1 : 3; }
 
-// Adds the products of one vector of each row with one of each query.
-template <int kQueries, int kRows, typename T>
-inline void add_products(const T* const* row, size_t k, const float* queries, Vec sum[][kQueries]) {
+// Adds the products of one vector of each row with one of each of kCount queries.
+template <int kCount, int kRows, typename T>
+inline void add_products(const T* const* row, size_t k, const float* queries, Vec sum[][kCount]) {
   Vec values[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) values[r] = load(row[r] + k);
 #pragma GCC unroll 8
-  for (int q = 0; q < kQueries; ++q) {
+  for (int q = 0; q < kCount; ++q) {
     const Vec query = load(queries + q * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) sum[r][q] += values[r] * query;
   }
 }
 
+// Queries whose sums are in registers at a time: if not all, a block is gone over again for the next ones.
+constexpr int dot_part(int queries, int rows) {
+  const int most = kDotSums / rows, parts = (queries + most - 1) / most;
+  return (queries + parts - 1) / parts;
+}
+
 template <int kQueries, int kRows, typename T>
-__attribute__((noinline)) void dot(const void* const* rows, const FetchLines& fetch, const float* queries,
-                                   const Blocks& blocks, const float* const* scales, float* scores,
-                                   size_t score_stride) {
-  constexpr size_t kStep = (kRows * kQueries == 1 ? 4 : 1) * kLineBytes / sizeof(T);
-  const size_t depth = blocks.depth, steps = depth / kStep * kStep, whole = depth / kLanes * kLanes;
-  Spread ahead(fetch, blocks.count * ((depth + kStep - 1) / kStep));
-  const T* row[kRows];
+struct Dot {
+  static constexpr size_t kStep = (kRows * kQueries == 1 ? 4 : 1) * kLineBytes / sizeof(T);
+  static constexpr int kPart = dot_part(kQueries, kRows), kParts = (kQueries + kPart - 1) / kPart;
+
+  static __attribute__((noinline)) void run(const void* const* rows, const FetchLines& fetch,
+                                            const float* queries, const Blocks& blocks,
+                                            const float* const* scales, float* scores, size_t score_stride) {
+    const size_t depth = blocks.depth;
+    Spread ahead(fetch, blocks.count * ((depth + kStep - 1) / kStep) * kParts);
+    const T* row[kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) row[r] = static_cast<const T*>(rows[r]);
-  for (size_t b = 0; b < blocks.count; ++b, queries += depth * kQueries) {
-    Vec sum[kRows][kQueries] = {};
+    for (int r = 0; r < kRows; ++r) row[r] = static_cast<const T*>(rows[r]);
+    for (size_t b = 0; b < blocks.count; ++b, queries += depth * kQueries) {
+      float scale[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) scale[r] = scales[r][b];
+      from_query<0>(row, ahead, queries, depth, scale, scores, score_stride);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) row[r] += blocks.stride;
+    }
+  }
+
+  // One block of the rows, with query kFirst and those behind it.
+  template <int kFirst>
+  static inline void from_query(const T* const* row, Spread& ahead, const float* queries, size_t depth,
+                                const float* scale, float* scores, size_t score_stride) {
+    constexpr int kCount = kQueries - kFirst < kPart ? kQueries - kFirst : kPart;
+    const float* first = queries + kFirst * kLanes;
+    const size_t steps = depth / kStep * kStep, whole = depth / kLanes * kLanes;
+    Vec sum[kRows][kCount] = {};
     size_t k = 0;
     for (; k < steps; k += kStep) {
       ahead.next();
 #pragma GCC unroll 8
       for (size_t i = k; i < k + kStep; i += kLanes)
-        add_products<kQueries, kRows>(row, i, queries + i * kQueries, sum);
+        add_products<kCount, kRows>(row, i, first + i * kQueries, sum);
     }
-    for (; k < whole; k += kLanes) add_products<kQueries, kRows>(row, k, queries + k * kQueries, sum);
+    for (; k < whole; k += kLanes) add_products<kCount, kRows>(row, k, first + k * kQueries, sum);
     if (k < depth) {
       // The last numbers, padded with zeros to a vector.
       const size_t rest = depth - k;
       T row_tail[kRows][kLanes] = {};
       const T* tails[kRows];
-      float query_tail[kQueries * kLanes] = {};
+      float query_tail[kCount * kLanes] = {};
       for (int r = 0; r < kRows; ++r) tails[r] = row_tail[r];
       for (size_t j = 0; j < rest; ++j) {
         for (int r = 0; r < kRows; ++r) row_tail[r][j] = row[r][k + j];
-        for (int q = 0; q < kQueries; ++q) query_tail[q * kLanes + j] = queries[k * kQueries + q * rest + j];
+        for (int q = 0; q < kCount; ++q) {
+          query_tail[q * kLanes + j] = queries[k * kQueries + (kFirst + q) * rest + j];
+        }
       }
-      add_products<kQueries, kRows>(tails, 0, query_tail, sum);
+      add_products<kCount, kRows>(tails, 0, query_tail, sum);
     }
-    float sums[kRows * kQueries];
-    sum_lanes<kRows * kQueries>(sum[0], sums);
+    float sums[kRows * kCount];
+    sum_lanes<kRows * kCount>(sum[0], sums);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int q = 0; q < kQueries; ++q)
-        scores[r * score_stride + q] += scales[r][b] * sums[r * kQueries + q];
-      row[r] += blocks.stride;
+      for (int q = 0; q < kCount; ++q) {
+        scores[r * score_stride + kFirst + q] += scale[r] * sums[r * kCount + q];
+      }
+    }
+    if constexpr (kFirst + kCount < kQueries) {
+      from_query<kFirst + kCount>(row, ahead, queries, depth, scale, scores, score_stride);
     }
   }
-}
+};
 
 // ---- Many queries: vectors along the queries, so that rows need no transposition --------------------------
 
@@ -321,7 +348,7 @@ size_t outside(const float* scores, const float* above, const float* below, size
 
 template <int kQueries, typename T>
 constexpr DotKernel dot_kernel() {
-  return {dot_rows(kQueries), dot<kQueries, dot_rows(kQueries), T>};
+  return {dot_rows(kQueries), Dot<kQueries, dot_rows(kQueries), T>::run};
 }
 
 template <typename T>
