@@ -109,10 +109,8 @@ def finished_store(
         if store.complete:
             return store
         correction = store.correction
-    except (
-        FileNotFoundError,
-        trackstar.StoreError,
-    ):  # None is there, or none that got as far as its correction.
+    except (FileNotFoundError, trackstar.StoreError):
+        # None is there, or none that got as far as its correction.
         with watch.stage("second moments"):
             correction = estimated_correction(model, tokenizer, passages)
     with watch.stage("build"):
