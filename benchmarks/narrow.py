@@ -3,8 +3,8 @@
 STORE has float32 rows, such as a build with ``--dtype float32``. They are encoded in every dtype, as
 ``trackstar reencode`` does, and asked the same questions with the task-mixed Hessian: how many of the ten best stay,
 and how many of the float32 rows' ten are among the fifty best. Then narrow rows get a float16 copy beside them, in a
-temporary store, which a scan answers from: how many of the ten best stay now, and how many rows that took. Nothing is
-timed.
+temporary store, which a scan answers from: how many of the ten best stay now, and how many rows that took. The last
+line is what the best code there can be of one bit a number would keep (:func:`ideal_code`). Nothing is timed.
 """
 
 import argparse
@@ -73,6 +73,12 @@ def main() -> None:
             said = f"{line['rescored top 10']:>14.3f} {line['rescored rows']:>6,.0f}"
         print(f"{dtype:<8} {layout.row_bytes:>11,} {kept:>11.3f} {within:>13.3f} {error:>16.2e} {said}")
         results.append(line)
+    queries, _, _ = encode_rows(raw, store.curvature.whitener, "float32")
+    scores, indices = mixed_topk(queries, ideal_code(rows, bits=1), norms, len(store), mixing)
+    line = {"dtype": "1 bit", "top 10": overlap(truth[1][:, :10], indices[:, :10])}
+    line["within top 50"] = overlap(truth[1][:, :10], indices[:, :50])
+    print(f"{'1 bit, ideal':<20} {line['top 10']:>11.3f} {line['within top 50']:>13.3f}")
+    results.append(line)
     print(f"written: {save('narrow', results)}")
 
 
@@ -82,6 +88,20 @@ def rescored(path: Path, dtype: str, queries: torch.Tensor, mixing: float) -> Fo
         store = trackstar.reencode_store(path, Path(folder) / "store", dtype, wide="float16")
         (found,) = plan_scan(store, select(store), len(queries), 10).run(queries, mixing)
     return found
+
+
+def ideal_code(rows: torch.Tensor, bits: float) -> torch.Tensor:
+    """Rows (N, L, d) as an ideal code keeps them: no code of so many bits a number loses less of white Gaussian ones.
+
+    (1 − D)·y + √(D (1 − D))·σ·noise with D = 4^−bits, σ² the mean square of each row's block: the test channel that
+    attains the rate-distortion function.
+
+    Source: Cover and Thomas, Elements of Information Theory, section 10.3.
+    """
+    lost = 4.0**-bits
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    size = rows.square().mean(2, keepdim=True).sqrt()
+    return (1 - lost) * rows + (lost * (1 - lost)) ** 0.5 * size * noise
 
 
 def overlap(wanted: torch.Tensor, found: torch.Tensor) -> float:
