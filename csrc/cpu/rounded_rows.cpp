@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/cache.h"
 #include "cpu/coded.h"
 #include "cpu/filter.h"
 #include "cpu/isa.h"
@@ -11,15 +12,19 @@
 namespace trackstar {
 namespace {
 
-constexpr size_t kTileBytes = 128 << 10;  // of rounded rows: they and the next ones' floats stay in cache
+constexpr size_t kTileBytes = 128 << 10;  // of rounded rows, at most
 constexpr size_t kTileRows = 48;
 
 constexpr size_t kNone = std::numeric_limits<size_t>::max();
 
-size_t rows_of_tile(const RoundedQueries& rounded, size_t runs) {
+// As many as stay in the second-level cache: the floats of this tile and of the next one, its bytes, and the queries
+// if they leave room.
+size_t rows_of_tile(const RoundedQueries& rounded, const Rows& rows, size_t runs) {
+  const size_t cache = second_level_cache(), queries = rounded.width * runs * rounded.padded;
+  const size_t room = cache - (queries < cache / 2 ? queries : 0), bytes = runs * rounded.padded;
+  const size_t fit = std::min(room / (2 * rows.L * block_bytes(rows.type, rows.d) + bytes), kTileBytes / bytes);
   const size_t step = rounded.panels.front().kernel->rows;
-  const size_t fit = std::min(kTileBytes / (runs * rounded.padded), kTileRows) / step * step;
-  return std::max(fit, step);
+  return std::max(std::min(fit, kTileRows) / step * step, step);
 }
 
 size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
@@ -73,7 +78,7 @@ ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
       rows_(rows),
       kernels_(coded_kernels()),
       runs_(rows.L * queries.runs),
-      tile_rows_(rows_of_tile(rounded_, runs_)),
+      tile_rows_(rows_of_tile(rounded_, rows, runs_)),
       widen_(rows.type == RowType::float16    ? scoring_kernels().half.widen
              : rows.type == RowType::bfloat16 ? scoring_kernels().bfloat16.widen
                                               : nullptr),

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/aligned.h"
+#include "cpu/cache.h"
 #include "cpu/reservoir.h"
 #include "cpu/scoring_kernel.h"
 #include "cpu/shared_thresholds.h"
@@ -86,8 +87,8 @@ class Scan : public Search {
 // Rows to score together, given the rows that a kernel takes at once and the bytes of all that they are multiplied
 // with: no more than those if that stays in the second-level cache, otherwise enough to be worth reading it again.
 inline size_t rows_of_tile(size_t block_rows, size_t matrix_bytes) {
-  constexpr size_t kCacheBytes = 512 << 10, kTileRows = 48;
-  return matrix_bytes <= kCacheBytes ? (block_rows == 1 ? 4 : block_rows) : kTileRows;
+  constexpr size_t kTileRows = 48;
+  return matrix_bytes <= second_level_cache() / 2 ? (block_rows == 1 ? 4 : block_rows) : kTileRows;
 }
 
 // Runs the searches over all N rows, each on a thread of its own, and merges what they found.
