@@ -1,6 +1,8 @@
 # Each target is complete on a fresh machine with Python >= 3.11, a C++ compiler and make.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that run the tests, each on one thread most of the time.
+WORKERS ?= 2
 # Any torch >= 2.10 will do; name your own build, e.g. `make install TORCH=torch==2.11.0`.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

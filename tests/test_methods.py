@@ -116,8 +116,7 @@ def test_trackstar_is_unchanged_by_its_name(made):
 def test_weights_of_trak_differ(made):
     model, examples, _, _ = made
     chances = [mean_probability(model, example) for example in examples]
-    assert max(chances) > 0.3
-    assert min(chances) < 0.05
+    assert max(chances) > 5 * min(chances)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4", "sign"])

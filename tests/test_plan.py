@@ -65,16 +65,20 @@ def test_a_model_that_looks_at_its_numbers_cannot_be_planned_for(monkeypatch):
         dry_run(model, select_weights(model), encode_examples(make_examples((5,)), None))
 
 
+def peaks_and_plan(path):
+    """Peaks of a build and of a query, each in a process of its own, and what was planned for them."""
+    command = [sys.executable, Path(__file__).with_name("plan_memory.py"), path]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [list(map(int, line.split())) for line in output.splitlines()]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_within_a_twentieth(tmp_path):
-    """Of a build and of a query, each against the peak of a process that runs it: of three, as the heap varies."""
-    peaks = []
-    for run in "abc":
-        command = [sys.executable, Path(__file__).with_name("plan_memory.py"), tmp_path / run]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        measured, planned = (list(map(int, line.split())) for line in output.splitlines())
-        peaks.append(measured)
-    measured = [sorted(of)[1] for of in zip(*peaks, strict=True)]
+    """Of a build and of a query; if not, of the middle one of three, as the heap varies."""
+    measured, planned = peaks_and_plan(tmp_path / "a")
+    if planned != pytest.approx(measured, rel=0.05):
+        peaks = [measured, *(peaks_and_plan(tmp_path / run)[0] for run in "bc")]
+        measured = [sorted(of)[1] for of in zip(*peaks, strict=True)]
     assert planned == pytest.approx(measured, rel=0.05)
 
 

@@ -22,7 +22,8 @@ constexpr size_t kNone = std::numeric_limits<size_t>::max();
 size_t rows_of_tile(const RoundedQueries& rounded, const Rows& rows, size_t runs) {
   const size_t cache = second_level_cache(), queries = rounded.width * runs * rounded.padded;
   const size_t room = cache - (queries < cache / 2 ? queries : 0), bytes = runs * rounded.padded;
-  const size_t fit = std::min(room / (2 * rows.L * block_bytes(rows.type, rows.d) + bytes), kTileBytes / bytes);
+  const size_t fit =
+      std::min(room / (2 * rows.L * block_bytes(rows.type, rows.d) + bytes), kTileBytes / bytes);
   const size_t step = rounded.panels.front().kernel->rows;
   return std::max(std::min(fit, kTileRows) / step * step, step);
 }
