@@ -353,8 +353,8 @@ def fit_scan(
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
     L, d, threads = layout.blocks, layout.size, torch.get_num_threads()
     # What csrc/scoring.h works with: tiles of 48 rows, and for each thread and query a reservoir of at most 2k + 64
-    # candidates of 16 bytes, or, where bounds rule rows out, k and 2k + 512 that wait. Merging takes copies of some 3k.
-    reservoir = 16 * (3 * k + 512 if layout.narrow else 2 * k + 64)
+    # candidates of 16 bytes, or, where bounds rule rows out, k and 2k + 128 that wait. Merging takes copies of some 3k.
+    reservoir = 16 * (3 * k + 128 if layout.narrow else 2 * k + 64)
     per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
     fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
     per_row = 0
