@@ -7,8 +7,10 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from trackstar.errors import StoreError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -207,3 +209,23 @@ def test_speech_gives_one_sentence_of_its_second_half(tmp_path):
     assert speech_passages(tmp_path) == [
         {"id": f"sotu/{year}", "text": long_enough.replace("\n", " ")} for year in (1790, 1792)
     ]
+
+
+def test_demo_goes_on_with_a_store_that_has_no_correction_yet(monkeypatch, tmp_path):
+    import demo
+
+    class Begun:
+        complete = False
+
+        @property
+        def correction(self):
+            raise StoreError("it has no correction yet")
+
+    engine = SimpleNamespace(
+        StoreError=StoreError,
+        open_store=lambda path: Begun(),
+        build_store=lambda *args, correction, **settings: correction,
+    )
+    monkeypatch.setattr(demo, "trackstar", engine)
+    monkeypatch.setattr(demo, "estimated_correction", lambda *args: "estimated")
+    assert demo.finished_store(tmp_path, None, None, [], demo.Stopwatch()) == "estimated"
