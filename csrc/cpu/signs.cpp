@@ -27,22 +27,15 @@ const TableKernels* table_kernels() {
   }
 }
 
-namespace {
-
-// A piece's tables stay in the first-level cache while they are looked up for all rows of a tile.
-constexpr size_t kTileRows = 4 * kTableRows;
-
-}  // namespace
-
 SignTables::SignTables(const float* queries, size_t Q, size_t L, size_t d, const TableKernels& kernels,
                        size_t exact_roundings)
     : kernels(kernels), bounds(Q) {
   const size_t block_words = (d + 31) / 32;
-  words = L * block_words;
-  stride = words * kWordTables;
   for (size_t b = 0; b < L; ++b) {
     for (size_t word = 0; word < block_words; word += kTableWords) {
-      pieces.push_back({b, b * block_words + word, std::min(kTableWords, block_words - word)});
+      const size_t count = std::min(kTableWords, block_words - word);
+      pieces.push_back({b, b * block_words + word, count, stride});
+      stride += table_bytes(count);
     }
   }
   tables.resize(Q * stride);
@@ -54,7 +47,7 @@ SignTables::SignTables(const float* queries, size_t Q, size_t L, size_t d, const
       const size_t from = 32 * (piece.word - piece.block * block_words),
                    n = std::min(32 * piece.words, d - from);
       scales[p * Q + q] = kernels.tabulate(queries + (q * L + piece.block) * d + from, n,
-                                           tables.data() + q * stride + piece.word * kWordTables, squares);
+                                           tables.data() + q * stride + piece.tables, squares);
     }
     bounds.set(q, squares[0], squares[1], exact_roundings + pieces.size() + 16);
   }
@@ -68,19 +61,19 @@ class SignSearch : public Filter {
       : Filter(sought, tops),
         tables_(tables),
         Q_(tops.front().Q),
-        scores_(Q_ * kTileRows),
-        scales_(rows_.L * kTileRows),
-        norms_(kTileRows),
-        rests_(kTileRows),
-        limits_(kTileRows),
-        upper_(kTileRows),
-        which_(kTileRows) {}
+        scores_(Q_ * kTableRows),
+        scales_(rows_.L * kTableRows),
+        norms_(kTableRows),
+        rests_(kTableRows),
+        limits_(kTableRows),
+        upper_(kTableRows),
+        which_(kTableRows) {}
 
-  size_t tile_rows() const override { return kTileRows; }
+  size_t tile_rows() const override { return kTableRows; }
 
   void run(size_t begin, size_t end) override {
-    for (size_t row = begin; row < end; row += kTileRows) {
-      const size_t count = std::min(kTileRows, end - row);
+    for (size_t row = begin; row < end; row += kTableRows) {
+      const size_t count = std::min(kTableRows, end - row);
       measure(row, count);
       score(row, count);
       for (Side& side : sides_) {
@@ -92,14 +85,14 @@ class SignSearch : public Filter {
  private:
   // Fills scales_, norms_ and rests_.
   void measure(size_t row, size_t count) {
-    float squares[kTileRows] = {}, largest[kTileRows] = {};
-    for (size_t r = 0; r < kTileRows; ++r) {
+    float squares[kTableRows] = {}, largest[kTableRows] = {};
+    for (size_t r = 0; r < kTableRows; ++r) {
       const float* scale = scales(row + std::min(r, count - 1));
-      for (size_t b = 0; b < rows_.L; ++b) scales_[b * kTileRows + r] = scale[b];
+      for (size_t b = 0; b < rows_.L; ++b) scales_[b * kTableRows + r] = scale[b];
     }
     for (size_t b = 0; b < rows_.L; ++b) {
-      const float* scale = scales_.data() + b * kTileRows;
-      for (size_t r = 0; r < kTileRows; ++r) {
+      const float* scale = scales_.data() + b * kTableRows;
+      for (size_t r = 0; r < kTableRows; ++r) {
         const float size = std::fabs(scale[r]);
         largest[r] = size <= largest[r] ? largest[r] : size;  // a NaN stays
         squares[r] += size * size;
@@ -107,37 +100,27 @@ class SignSearch : public Filter {
     }
     // Each sign is 1.
     for (float& square : squares) square *= static_cast<float>(rows_.d);
-    for (size_t r = 0; r < kTileRows; ++r) norms_[r] = norm_of(squares[r], largest[r]);
+    for (size_t r = 0; r < kTableRows; ++r) norms_[r] = norm_of(squares[r], largest[r]);
     if (!sought_.squared_norms) return;
     for (size_t r = 0; r < count; ++r) rests_[r] = rest_of(row + r, (1 - 0x1p-20) * squares[r]);
   }
 
   // Fills scores_; meanwhile the next tile is fetched.
   void score(size_t row, size_t count) {
-    const uint32_t* rows[kTileRows];
-    for (size_t r = 0; r < kTileRows; ++r) {
+    const uint32_t* rows[kTableRows];
+    for (size_t r = 0; r < kTableRows; ++r) {
       rows[r] = reinterpret_cast<const uint32_t*>(row_at(rows_, row + std::min(r, count - 1)));
     }
     std::fill(scores_.begin(), scores_.end(), 0.0f);
     Ahead ahead;
-    ahead.open(rows_, row + kTileRows, kTileRows);
-    const size_t calls = tables_.pieces.size() * kTileRows / kTableRows;
-    const size_t lines = (ahead.lines() + calls - 1) / calls;
+    ahead.open(rows_, row + kTableRows, kTableRows);
+    const size_t lines = (ahead.lines() + tables_.pieces.size() - 1) / tables_.pieces.size();
     for (size_t p = 0; p < tables_.pieces.size(); ++p) {
       const SignTables::Piece& piece = tables_.pieces[p];
-      for (size_t q = 0; q < Q_; q += kMaxTableQueries) {
-        const auto run = tables_.kernels.run[std::min(kMaxTableQueries, Q_ - q) - 1];
-        for (size_t r = 0; r < count; r += kTableRows) {
-          const FetchLines fetch = ahead.take(q == 0 ? lines : 0);
-          for (size_t line = 0; line < fetch.lines; ++line) {
-            __builtin_prefetch(fetch.from + line * kLineBytes, 0, 2);
-          }
-          run(rows + r, piece.word, piece.words,
-              tables_.tables.data() + q * tables_.stride + piece.word * kWordTables, tables_.stride,
-              scales_.data() + piece.block * kTileRows + r, tables_.scales.data() + p * Q_ + q,
-              scores_.data() + q * kTileRows + r, kTileRows);
-        }
-      }
+      tables_.kernels.run(
+          {rows, count, piece.word, piece.words, scales_.data() + piece.block * kTableRows},
+          {Q_, tables_.tables.data() + piece.tables, tables_.stride, tables_.scales.data() + p * Q_},
+          ahead.take(lines), scores_.data());
     }
   }
 
@@ -145,7 +128,7 @@ class SignSearch : public Filter {
   void consider(Side& side, size_t query, size_t row, size_t count) {
     std::fill_n(limits_.begin(), count, side.thresholds[query]);
     const size_t found = kernels_.reaching(
-        scores_.data() + query * kTileRows, side.sign, count, tables_.bounds.wide[query], norms_.data(),
+        scores_.data() + query * kTableRows, side.sign, count, tables_.bounds.wide[query], norms_.data(),
         tables_.bounds.far[query], rests_.data(), limits_.data(), upper_.data(), which_.data());
     for (size_t i = 0; i < found; ++i) enter(side, query, upper_[which_[i]], row + which_[i]);
   }

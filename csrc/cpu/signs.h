@@ -19,12 +19,13 @@ struct SignTables {
   struct Piece {
     size_t block;
     size_t word, words;  // of the row
+    size_t tables;       // where a query's tables have those of the piece
   };
 
   const TableKernels& kernels;
   std::vector<Piece> pieces;
-  size_t words, stride;       // of a row; bytes of a query's tables
-  Aligned<uint8_t> tables;    // (Q, words, kWordTables)
+  size_t stride = 0;          // bytes of a query's tables
+  Aligned<uint8_t> tables;    // (Q, stride)
   std::vector<float> scales;  // (pieces, Q)
   ScoreBounds bounds;
 };

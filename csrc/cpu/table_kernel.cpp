@@ -2,6 +2,7 @@
 
 #if defined(__AVX2__)  // otherwise there is nothing to be had
 
+#include "cpu/fetch.h"
 #include "cpu/simd.h"
 
 namespace trackstar {
@@ -11,10 +12,24 @@ namespace {
 constexpr int kCentre = 128;  // added to sums, so that bytes are not negative
 constexpr int kRange = 127;   // of sums
 constexpr int kLookups = 8;   // of a word
+constexpr int kVectorRows = 16;
 
 typedef double Entries __attribute__((vector_size(64)));
 typedef int32_t Numbers __attribute__((vector_size(32)));
 typedef uint8_t Eight __attribute__((vector_size(8), aligned(1), may_alias));
+
+// Where the tables of `kWordsTogether` words have that of a word's lookup i: the low numbers of its first byte, the high
+// ones, those of its second byte, and so on.
+#if defined(__AVX512VBMI__)
+// Word by word, of each first 4 for the low numbers and then 4 for the high ones.
+constexpr size_t table_of(size_t word, int i) { return word * kWordTables + (i % 2 * 4 + i / 2) * 16; }
+#else
+// Byte by byte, with each of the first 16 the one that lies 16 bytes on.
+constexpr size_t table_of(size_t word, int i) {
+  const size_t byte = 4 * word + i / 2;
+  return (byte % 16 * 2 + i % 2) * 32 + byte / 16 * 16;
+}
+#endif
 
 // Sums ± a ± b ± c + d, where bit i of the index negates the i-th. Those with -d are the same in reverse, negated.
 inline Entries sums_of(const float* four) {
@@ -45,18 +60,19 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
   const float scale = largest / kRange;
   const double unit = scale > 0 ? 1.0 / scale : 0;
   double lost = 0;
-  for (size_t word = 0; word < d; word += 32, tables += kWordTables) {
+  const size_t words = table_bytes((d + 31) / 32) / kWordTables;
+  for (size_t word = 0; word < words; ++word) {
+    uint8_t* together = tables + word / kWordsTogether * kWordsTogether * kWordTables;
     for (int i = 0; i < kLookups; ++i) {
       float four[4] = {};
-      for (size_t j = 0, from = word + 4 * i; j < 4 && from + j < d; ++j) four[j] = values[from + j];
+      for (size_t j = 0, from = 32 * word + 4 * i; j < 4 && from + j < d; ++j) four[j] = values[from + j];
       const Entries sums = sums_of(four);
       Entries rounded = (sums * unit + kMagic) - kMagic;
       rounded = rounded < -kRange ? Entries{} - kRange : rounded > kRange ? Entries{} + kRange : rounded;
       const Entries rest = sums - rounded * static_cast<double>(scale);
-      // Of each byte the low numbers come first: 4 tables for them, 4 for the high ones.
-      uint8_t* table = tables + (i % 2 * 4 + i / 2) * 16;
       const Numbers whole = __builtin_convertvector(rounded, Numbers);
       const Numbers reversed = __builtin_shufflevector(whole, whole, 7, 6, 5, 4, 3, 2, 1, 0);
+      uint8_t* table = together + table_of(word % kWordsTogether, i);
       *reinterpret_cast<Eight*>(table) = __builtin_convertvector(kCentre + whole, Eight);
       *reinterpret_cast<Eight*>(table + 8) = __builtin_convertvector(kCentre - reversed, Eight);
       lost += largest_of(rest < 0 ? -rest : rest);
@@ -73,11 +89,9 @@ float tabulate(const float* values, size_t d, uint8_t* tables, double* squares) 
 constexpr __mmask16 kAll = 0xFFFF;
 constexpr __mmask8 kAll64 = 0xFF;
 
-constexpr size_t kStep = 8;  // words of a row that are loaded at once
-
-// `count` words of all rows, at most kStep, become for each word a vector of the rows.
+// `count` words of all rows, at most kWordsTogether, become for each word a vector of the rows.
 inline void load_words(const uint32_t* const* rows, size_t word, size_t count, __m512i* v) {
-  __m512i t[kStep];
+  __m512i t[kWordsTogether];
   const __mmask8 some = static_cast<__mmask8>((1u << count) - 1);
 #pragma GCC unroll 8
   for (int r = 0; r < 8; ++r) {
@@ -106,14 +120,15 @@ inline void load_words(const uint32_t* const* rows, size_t word, size_t count, _
     t[4 + i] = _mm512_maskz_shuffle_i32x4(kAll, v[i], v[4 + i], 0xDD);
   }
 #pragma GCC unroll 8
-  for (size_t i = 0; i < kStep; ++i) v[i] = t[i];
+  for (size_t i = 0; i < kWordsTogether; ++i) v[i] = t[i];
 }
 
 // Numbers stay in their words, four to a 32-bit lane of a row; bits 4 and 5 of an index choose the table.
 template <int kQueries>
-__attribute__((noinline)) void run(const uint32_t* const* rows, size_t word, size_t words,
-                                   const uint8_t* tables, size_t table_stride, const float* scales,
-                                   const float* query_scales, float* scores, size_t score_stride) {
+__attribute__((noinline)) void look_up(const TableRows& rows, size_t r, const TableQueries& queries,
+                                       size_t q0, Spread& ahead, float* scores) {
+  const size_t words = rows.words;
+  const uint8_t* tables = queries.tables + q0 * queries.stride;
   const __m512i low = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000), ones = _mm512_set1_epi8(1);
   __m512i sum[kQueries][2];  // of low and of high numbers
 #pragma GCC unroll 4
@@ -121,12 +136,13 @@ __attribute__((noinline)) void run(const uint32_t* const* rows, size_t word, siz
     sum[q][0] = _mm512_set1_epi32(-kCentre * kLookups * static_cast<int>(words));
     sum[q][1] = _mm512_setzero_si512();
   }
-  for (size_t first = 0; first < words; first += kStep) {
-    const size_t count = words - first < kStep ? words - first : kStep;
-    __m512i v[kStep];
-    load_words(rows, word + first, count, v);
+  for (size_t first = 0; first < words; first += kWordsTogether) {
+    const size_t count = words - first < kWordsTogether ? words - first : kWordsTogether;
+    __m512i v[kWordsTogether];
+    ahead.next();
+    load_words(rows.rows + r, rows.word + first, count, v);
 #pragma GCC unroll 8
-    for (size_t w = 0; w < kStep; ++w, tables += kWordTables) {
+    for (size_t w = 0; w < kWordsTogether; ++w, tables += kWordTables) {
       if (w == count) break;
       // (x & 15) | place, of the low and of the high numbers
       const __m512i which[2] = {
@@ -137,123 +153,167 @@ __attribute__((noinline)) void run(const uint32_t* const* rows, size_t word, siz
       for (int q = 0; q < kQueries; ++q) {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-          const __m512i table = _mm512_loadu_si512(tables + q * table_stride + half * 64);
+          const __m512i table = _mm512_loadu_si512(tables + q * queries.stride + half * 64);
           const __m512i found = _mm512_maskz_permutexvar_epi8(~uint64_t{0}, which[half], table);
           sum[q][half] = _mm512_dpbusd_epi32(sum[q][half], found, ones);
         }
       }
     }
   }
-  const Vec scale = load(scales);
+  const Vec scale = load(rows.scales + r);
 #pragma GCC unroll 4
   for (int q = 0; q < kQueries; ++q) {
     typedef int32_t Sums __attribute__((vector_size(64)));
     const Sums total = (Sums)sum[q][0] + (Sums)sum[q][1];
-    float* score = scores + q * score_stride;
-    store(score, load(score) + query_scales[q] * scale * __builtin_convertvector(total, Vec));
+    float* score = scores + (q0 + q) * kTableRows + r;
+    store(score, load(score) + queries.scales[q0 + q] * scale * __builtin_convertvector(total, Vec));
+  }
+}
+
+// The tables of a few queries stay in the first-level cache while they are looked up for all rows.
+void run(const TableRows& rows, const TableQueries& queries, const FetchLines& fetch, float* scores) {
+  constexpr size_t kMost = 4;
+  constexpr decltype(&look_up<1>) kForms[kMost] = {look_up<1>, look_up<2>, look_up<3>, look_up<4>};
+  const size_t groups = (queries.count + kMost - 1) / kMost,
+               vectors = (rows.count + kVectorRows - 1) / kVectorRows;
+  Spread ahead(fetch, groups * vectors * (table_bytes(rows.words) / table_bytes(1)));
+  for (size_t q = 0; q < queries.count; q += kMost) {
+    const auto form = kForms[(queries.count - q < kMost ? queries.count - q : kMost) - 1];
+    for (size_t r = 0; r < rows.count; r += kVectorRows) form(rows, r, queries, q, ahead, scores);
   }
 }
 
 #else
 
 inline __m256i load_words(const uint32_t* from, size_t count) {
-  if (count == 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  uint32_t words[8] = {};
+  if (count == kWordsTogether) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  uint32_t words[kWordsTogether] = {};
   for (size_t i = 0; i < count; ++i) words[i] = from[i];
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
 }
 
-// 8 words of 8 rows become, for each word, a vector of its rows.
+// 32 bytes of eight rows become the rows' bytes 2i and then their bytes 2i + 1, in v[i], i < 8, each half of the vectors by
+// itself.
 inline void transpose(__m256i* v) {
   __m256i t[8];
 #pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_unpacklo_epi8(v[i], v[i + 4]);
+    t[i + 4] = _mm256_unpackhi_epi8(v[i], v[i + 4]);
   }
 #pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  for (int half = 0; half < 8; half += 4) {
+#pragma GCC unroll 2
+    for (int i = half; i < half + 2; ++i) {
+      v[i] = _mm256_unpacklo_epi8(t[i], t[i + 2]);
+      v[i + 2] = _mm256_unpackhi_epi8(t[i], t[i + 2]);
+    }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2x128_si256(v[i], v[4 + i], 0x20);
-    t[4 + i] = _mm256_permute2x128_si256(v[i], v[4 + i], 0x31);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi8(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi8(v[i], v[i + 1]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) v[i] = t[i];
 }
 
-constexpr size_t kWordIndices = 8 * kTableRows;  // bytes: 8 numbers below 16 of each row's word
+constexpr size_t kIndices = kTableWords * kLookups * kVectorRows;  // bytes, of kVectorRows rows
 
-// Each byte of a word goes to a half vector of its own, with that of all rows: two vectors of low numbers, then two
-// of high ones.
-void index(const uint32_t* const* rows, size_t first, size_t words, uint8_t* indices) {
+// A vector for each table vector: the numbers below 16 that look up what rows r … r + 15 have there.
+void index(const TableRows& rows, size_t r, Spread& ahead, uint8_t* indices) {
   const __m256i low = _mm256_set1_epi8(15);
-  const __m256i by_byte = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12,
-                                           1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  for (size_t word = 0; word < words; word += 8) {
-    const size_t count = words - word < 8 ? words - word : 8;
-    __m256i a[8], b[8];  // rows 0 … 3 and 8 … 11; rows 4 … 7 and 12 … 15
-    for (int r = 0; r < 8; ++r) {
-      const uint32_t* const* even = rows + r % 4 + r / 4 * 8;
-      a[r] = load_words(even[0] + first + word, count);
-      b[r] = load_words(even[4] + first + word, count);
+  auto* to = reinterpret_cast<__m256i*>(indices);
+  for (size_t first = 0; first < rows.words; first += kWordsTogether) {
+    const size_t count = rows.words - first < kWordsTogether ? rows.words - first : kWordsTogether;
+    ahead.next();
+    __m256i half[2][8];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        half[h][i] = load_words(rows.rows[r + 8 * h + i] + rows.word + first, count);
+      }
+      transpose(half[h]);
     }
-    transpose(a);
-    transpose(b);
-    for (size_t w = 0; w < count; ++w, indices += kWordIndices) {
-      const __m256i first = _mm256_shuffle_epi8(a[w], by_byte), second = _mm256_shuffle_epi8(b[w], by_byte);
-      const __m256i bytes[2] = {
-          _mm256_permute4x64_epi64(_mm256_unpacklo_epi32(first, second), 0xD8),
-          _mm256_permute4x64_epi64(_mm256_unpackhi_epi32(first, second), 0xD8),
-      };
-      for (int i = 0; i < 2; ++i) {
-        auto* half = reinterpret_cast<__m256i*>(indices + 32 * i);
-        _mm256_storeu_si256(half, _mm256_and_si256(bytes[i], low));
-        _mm256_storeu_si256(half + 2, _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), low));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m256i pair[2] = {_mm256_unpacklo_epi64(half[0][i], half[1][i]),
+                               _mm256_unpackhi_epi64(half[0][i], half[1][i])};
+#pragma GCC unroll 2
+      for (const __m256i bytes : pair) {
+        _mm256_store_si256(to++, _mm256_and_si256(bytes, low));
+        _mm256_store_si256(to++, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low));
       }
     }
   }
 }
 
-// One query; bytes are summed in 16 bits, all of a pair in one sum and the high one of it in another.
-void run_one(const uint8_t* indices, size_t words, const uint8_t* tables, const float* scales,
-             float query_scale, float* scores) {
-  static_assert(255 * 2 * kLookups * kTableWords <= 65535);
+// Sums of 16 rows; bytes are summed in 16 bits, all of a pair in one sum and the high one of it in another.
+struct RowSums {
   __m256i all = {}, high = {};
-  for (size_t word = 0; word < words; ++word, indices += kWordIndices, tables += kWordTables) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const auto* which = reinterpret_cast<const __m256i*>(indices + 32 * i);
-      const auto* table = reinterpret_cast<const __m256i*>(tables + 32 * i);
-      const __m256i found = _mm256_shuffle_epi8(_mm256_loadu_si256(table), _mm256_loadu_si256(which));
-      all = _mm256_add_epi16(all, found);
-      high = _mm256_add_epi16(high, _mm256_srli_epi16(found, 8));
+
+  void add(__m256i table, __m256i which) {
+    const __m256i found = _mm256_shuffle_epi8(table, which);
+    all = _mm256_add_epi16(all, found);
+    high = _mm256_add_epi16(high, _mm256_srli_epi16(found, 8));
+  }
+
+  // scores += query_scale · scales · (start + sums)
+  void finish(int32_t start, const float* scales, float query_scale, float* scores) const {
+    const __m256i even = _mm256_sub_epi16(all, _mm256_slli_epi16(high, 8));
+    const __m128i evens = _mm_add_epi16(_mm256_castsi256_si128(even), _mm256_extracti128_si256(even, 1)),
+                  odds = _mm_add_epi16(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    const __m128i rows[2] = {_mm_unpacklo_epi16(evens, odds), _mm_unpackhi_epi16(evens, odds)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      typedef int32_t Sums __attribute__((vector_size(32)));
+      const Sums total = (Sums)_mm256_cvtepu16_epi32(rows[i]) + start;
+      const Vec weight = query_scale * load(scales + i * 8);
+      store(scores + i * 8, load(scores + i * 8) + weight * __builtin_convertvector(total, Vec));
     }
   }
-  const int32_t start = -kCentre * kLookups * static_cast<int>(words);
-  const __m256i even = _mm256_sub_epi16(all, _mm256_slli_epi16(high, 8));
-  const __m256i rows[2] = {_mm256_unpacklo_epi16(even, high), _mm256_unpackhi_epi16(even, high)};
-  for (int i = 0; i < 2; ++i) {
-    typedef int32_t Sums __attribute__((vector_size(32)));
-    const Sums total = (Sums)_mm256_cvtepu16_epi32(_mm256_castsi256_si128(rows[i])) +
-                       (Sums)_mm256_cvtepu16_epi32(_mm256_extracti128_si256(rows[i], 1)) + start;
-    const Vec weight = query_scale * load(scales + i * 8);
-    store(scores + i * 8, load(scores + i * 8) + weight * __builtin_convertvector(total, Vec));
+};
+
+constexpr int kVectors = 2;  // of rows, for which an entry is loaded once
+
+// Query q and rows r … r + 16 · kVectors - 1.
+inline void look_up(const uint8_t* indices, const TableRows& rows, size_t r, const TableQueries& queries,
+                    size_t q, float* scores) {
+  static_assert(255 * kLookups * kTableWords <= 65535);
+  const size_t vectors = table_bytes(rows.words) / 32;
+  const auto *which = reinterpret_cast<const __m256i*>(indices),
+             *table = reinterpret_cast<const __m256i*>(queries.tables + q * queries.stride);
+  RowSums sums[kVectors];
+  for (size_t i = 0; i < vectors; i += 2) {
+#pragma GCC unroll 2
+    for (size_t j = i; j < i + 2; ++j) {
+      const __m256i entries = _mm256_loadu_si256(table + j);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v)
+        sums[v].add(entries, _mm256_load_si256(which + v * kIndices / 32 + j));
+    }
+  }
+  const int32_t start = -kCentre * static_cast<int>(2 * vectors);
+  scores += q * kTableRows + r;
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    sums[v].finish(start, rows.scales + r + v * kVectorRows, queries.scales[q], scores + v * kVectorRows);
   }
 }
 
-template <int kQueries>
-void run(const uint32_t* const* rows, size_t word, size_t words, const uint8_t* tables, size_t table_stride,
-         const float* scales, const float* query_scales, float* scores, size_t score_stride) {
-  uint8_t indices[kTableWords * kWordIndices];
-  index(rows, word, words, indices);
-  for (int q = 0; q < kQueries; ++q) {
-    run_one(indices, words, tables + q * table_stride, scales, query_scales[q], scores + q * score_stride);
+// All rows' indices, and a query's tables, stay in the first-level cache while they are used.
+void run(const TableRows& rows, const TableQueries& queries, const FetchLines& fetch, float* scores) {
+  constexpr size_t kStep = kVectors * kVectorRows;
+  alignas(32) uint8_t indices[kTableRows / kVectorRows][kIndices];
+  const size_t steps = (rows.count + kStep - 1) / kStep, together = table_bytes(rows.words) / table_bytes(1);
+  Spread ahead(fetch, steps * (kVectors * together + queries.count));
+  for (size_t v = 0; v < steps * kVectors; ++v) index(rows, v * kVectorRows, ahead, indices[v]);
+  for (size_t q = 0; q < queries.count; ++q) {
+    for (size_t step = 0; step < steps; ++step) {
+      ahead.next();
+      look_up(indices[step * kVectors], rows, step * kStep, queries, q, scores);
+    }
   }
 }
 
@@ -261,7 +321,7 @@ void run(const uint32_t* const* rows, size_t word, size_t words, const uint8_t* 
 
 }  // namespace
 
-const TableKernels table_kernels = {tabulate, {run<1>, run<2>, run<3>, run<4>}};
+const TableKernels table_kernels = {tabulate, run};
 
 }  // namespace TRACKSTAR_ISA
 }  // namespace trackstar

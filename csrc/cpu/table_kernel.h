@@ -1,31 +1,51 @@
 // Micro-kernels that score sign rows by table lookups, for the instruction sets that have shuffles of bytes.
 //
 // Four signs are a number below 16; for each four numbers of a query a table holds the 16 sums that their signs can
-// give, as bytes. kTableRows rows are taken at once, and a shuffle looks up many of them.
+// give, as bytes, and a shuffle looks up those of many rows.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
+#include "cpu/fetch_lines.h"
+
 namespace trackstar {
 
-constexpr size_t kTableRows = 16;
-constexpr size_t kTableWords = 16;      // of 32 signs, that a call takes at most
-constexpr size_t kWordTables = 8 * 16;  // bytes: of one query
-constexpr size_t kMaxTableQueries = 4;
+constexpr size_t kTableRows = 64;       // that a call takes at most
+constexpr size_t kTableWords = 32;      // of 32 signs, that a call takes at most
+constexpr size_t kWordsTogether = 8;    // whose tables lie side by side
+constexpr size_t kWordTables = 8 * 16;  // bytes: of one query and word
+
+// Of so many words, with words whose sums are all 0 behind the last ones.
+constexpr size_t table_bytes(size_t words) {
+  return (words + kWordsTogether - 1) / kWordsTogether * kWordsTogether * kWordTables;
+}
+
+// Up to kTableRows rows, of which a call takes some words, the first `word` words from rows[r]; after the last row it is
+// repeated.
+struct TableRows {
+  const uint32_t* const* rows;
+  size_t count;
+  size_t word, words;
+  const float* scales;  // (kTableRows)
+};
+
+// Queries whose tables of these words lie `stride` bytes apart.
+struct TableQueries {
+  size_t count;
+  const uint8_t* tables;
+  size_t stride;
+  const float* scales;  // (count)
+};
 
 struct TableKernels {
-  // The tables (⌈d/32⌉, kWordTables) of d numbers, sums rounded to whole multiples of the scale that is returned; adds
-  // Σ values² to squares[0]. No row's sum is changed by more than s by that, and s²/d is added to squares[1].
+  // The tables of d numbers, table_bytes(⌈d/32⌉) in an order of the kernels' own, sums rounded to whole multiples of the
+  // scale that is returned; adds Σ values² to squares[0]. No row's sum is changed by more than s by that, and s²/d is
+  // added to squares[1].
   float (*tabulate)(const float* values, size_t d, uint8_t* tables, double* squares);
 
-  // kTableRows rows, whose words begin `word` words from rows[r], and queries whose tables lie table_stride bytes apart,
-  // by number less one:
-  //
-  //     scores[q * score_stride + r] += scales[r] · query_scales[q] · Σ rounded sums
-  void (*run[kMaxTableQueries])(const uint32_t* const* rows, size_t word, size_t words, const uint8_t* tables,
-                                size_t table_stride, const float* scales, const float* query_scales,
-                                float* scores, size_t score_stride);
+  // scores[q * kTableRows + r] += rows.scales[r] · queries.scales[q] · Σ rounded sums. Meanwhile it fetches lines.
+  void (*run)(const TableRows& rows, const TableQueries& queries, const FetchLines& fetch, float* scores);
 };
 
 // Those of the level in force; null if it has none.
