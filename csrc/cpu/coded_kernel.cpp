@@ -390,14 +390,22 @@ void to_bytes(const float* values, const Runs& runs, const float* blocks, uint8_
 float product(const uint8_t* bytes, size_t padded, const float* scales, size_t stride,
               const FewQueries& query) {
   const int8_t* codes = query.codes;
-  float total = 0;
+  const int32_t* starts = query.starts;
+  Vec total = {};
   for (size_t b = 0; b < query.L; ++b, bytes += padded, codes += padded) {
-    Sums sums = load_sums(query.starts + b * kLanes);
-    for (size_t k = 0; k < padded; k += kBytes)
-      sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
-    total += scales[b * stride] * query.scales[b] * static_cast<float>(sum_of(sums));
+    const Vec scale = splat(scales[b * stride] * query.scales[b]);
+    for (size_t piece = 0; piece < padded; piece += kMaxPiece, starts += kLanes) {
+      const size_t end = padded < piece + kMaxPiece ? padded : piece + kMaxPiece;
+      Sums sums = load_sums(starts);
+      for (size_t k = piece; k < end; k += kBytes) {
+        sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
+      }
+      total += to_floats(sums) * scale;
+    }
   }
-  return total;
+  float score;
+  sum_lanes<1>(&total, &score);
+  return score;
 }
 
 // Bit i: whether lane i is not at most its limit.

@@ -30,7 +30,10 @@ class Contest {
  public:
   // Rows that score at most `floor`, unless that is a NaN, need not be found.
   Contest(size_t k, size_t rows, float floor)
-      : k_(std::min(k, rows)), capacity_(std::min(waiting_room(k), rows)), floor_(floor) {
+      : k_(std::min(k, rows)),
+        capacity_(std::min(waiting_room(k), rows)),
+        due_(std::min(capacity_, turn())),
+        floor_(floor) {
     best_.reserve(k_);
     waiting_.reserve(capacity_);
   }
@@ -44,23 +47,26 @@ class Contest {
     return best_.front().score > floor_ || std::isnan(floor_) ? best_.front().score : floor_;
   }
 
-  bool full() const { return waiting_.size() == capacity_; }
+  // Whether enough are waiting for it to pay to settle some: thresholds rise early, and few are scored in vain.
+  bool due() const { return waiting_.size() >= due_; }
 
   // A NaN stands for no bound at all.
   void enter(float bound, int64_t position) {
     waiting_.push_back({std::isnan(bound) ? std::numeric_limits<float>::infinity() : bound, position});
   }
 
-  // Scores those waiting, in groups of which each promises more than the next, until no bound reaches the threshold:
-  // fetch(positions, count), and some time later score(positions, count, scores), for at most kTogether rows.
+  // Scores some of those waiting, in groups of which each promises more than the next, until no bound of the others reaches
+  // the threshold, or if not `all` are to be settled, until half the room is free: fetch(positions, count), and some time
+  // later score(positions, count, scores), for at most kTogether rows.
   template <typename Fetch, typename Score>
-  void settle(Fetch fetch, Score score) {
+  void settle(bool all, Fetch fetch, Score score) {
     const auto hopeless = [&](const Candidate& row) { return row.score < threshold(); };
     const auto promises_more = [](const Candidate& a, const Candidate& b) { return a.score > b.score; };
-    for (;;) {
+    const auto dismiss = [&] {
       waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), hopeless), waiting_.end());
-      if (waiting_.empty()) return;
-      const size_t group = std::min(waiting_.size(), std::max(k_, 4 * kTogether));
+    };
+    for (dismiss(); !waiting_.empty(); dismiss()) {
+      const size_t group = std::min(waiting_.size(), group_size());
       std::nth_element(waiting_.begin(), waiting_.begin() + static_cast<ptrdiff_t>(group - 1), waiting_.end(),
                        promises_more);
       int64_t positions[2][kTogether];
@@ -81,7 +87,10 @@ class Contest {
         before = 0;
       }
       waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<ptrdiff_t>(group));
+      if (!all && waiting_.size() <= capacity_ / 2) break;
     }
+    dismiss();
+    due_ = std::min(capacity_, waiting_.size() + turn());
   }
 
   // The best found, in no order.
@@ -104,7 +113,11 @@ class Contest {
     std::push_heap(best_.begin(), best_.end(), better);
   }
 
-  size_t k_, capacity_;
+  // How many more wait until the next are settled.
+  size_t turn() const { return 3 * kTogether + group_size(); }
+  size_t group_size() const { return kTogether + k_ / 16; }
+
+  size_t k_, capacity_, due_;
   float floor_;
   std::vector<Candidate> best_;     // a heap, the worst in front
   std::vector<Candidate> waiting_;  // bounds instead of scores

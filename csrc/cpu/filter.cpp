@@ -37,16 +37,17 @@ Filter::Filter(const Sought& sought, const std::vector<TopK>& tops)
 
 void Filter::finish() {
   for (Side& side : sides_) {
-    for (size_t q = 0; q < side.contests.size(); ++q) settle(side, q);
+    for (size_t q = 0; q < side.contests.size(); ++q) settle(side, q, true);
   }
 }
 
-void Filter::settle(Side& side, size_t query) {
+void Filter::settle(Side& side, size_t query, bool all) {
   Contest& contest = side.contests[query];
-  contest.settle([&](const int64_t* positions, size_t count) { side.exact.fetch(positions, count); },
-                 [&](const int64_t* positions, size_t count, float* scores) {
-                   side.exact.score(query, positions, count, scores);
-                 });
+  contest.settle(
+      all, [&](const int64_t* positions, size_t count) { side.exact.fetch(positions, count); },
+      [&](const int64_t* positions, size_t count, float* scores) {
+        side.exact.score(query, positions, count, scores);
+      });
   side.thresholds[query] = contest.threshold();
 }
 

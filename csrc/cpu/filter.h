@@ -61,7 +61,7 @@ class Filter : public Search {
   // Rows enter in ascending order for each query.
   void enter(Side& side, size_t query, float bound, size_t row) {
     side.contests[query].enter(bound, static_cast<int64_t>(row));
-    if (side.contests[query].full()) settle(side, query);
+    if (side.contests[query].due()) settle(side, query, false);
   }
 
   const float* scales(size_t n) const { return rows_.scales ? rows_.scales + n * rows_.L : ones_.data(); }
@@ -84,7 +84,7 @@ class Filter : public Search {
  private:
   static constexpr float kUnbounded = std::numeric_limits<float>::quiet_NaN();
 
-  void settle(Side& side, size_t query);
+  void settle(Side& side, size_t query, bool all);
 
   std::vector<float> ones_;  // for rows without scales
 };
