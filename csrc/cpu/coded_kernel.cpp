@@ -84,6 +84,7 @@ template <typename Codes, typename Use>
 inline void for_steps(const uint8_t* codes, size_t from, size_t end, Use use) {
   constexpr size_t kEvery = kElements<Codes>;
   size_t i = from;
+#pragma GCC unroll 4
   for (; i + kEvery <= end; i += kEvery) use(codes + Codes::bytes(i), i);
   if (i < end) {
     uint8_t tail[kStep<Codes>] = {};
@@ -397,6 +398,7 @@ float product(const uint8_t* bytes, size_t padded, const float* scales, size_t s
     for (size_t piece = 0; piece < padded; piece += kMaxPiece, starts += kLanes) {
       const size_t end = padded < piece + kMaxPiece ? padded : piece + kMaxPiece;
       Sums sums = load_sums(starts);
+#pragma GCC unroll 4
       for (size_t k = piece; k < end; k += kBytes) {
         sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
       }
