@@ -126,6 +126,7 @@ __attribute__((noinline)) void few(const uint8_t* row, const float* scales, size
       for (int q = 0; q < kQueries; ++q) sum[q] = load_sums(starts + q * kLanes);
       starts += kQueries * kLanes;
       for_steps<Codes>(row, piece, end, [&](const uint8_t* from, size_t i) __attribute__((always_inline)) {
+        fetch_ahead(from);
         add_products<Codes, kQueries>(from, codes + i, padded, sum);
       });
 #pragma GCC unroll 4
@@ -326,17 +327,17 @@ float round(const float* values, size_t d, int8_t* codes, double* squares) {
   for (size_t run = 0; run < d; run += kRun) {
     const size_t end = d < run + kRun ? d : run + kRun;
     Vec squares_of_run = {}, lost_of_run = {};
-    for (size_t i = run; i < end; i += kLanes) {
-      float tail[kLanes] = {};
-      for (size_t j = i; j < end && j < i + kLanes; ++j) tail[j - i] = values[j];
-      const Vec unit = scale == 0 ? Vec{} : load(tail) / splat(scale);
+    for_vectors(values + run, end - run, [&](Vec value, size_t i) {
+      const Vec unit = scale == 0 ? Vec{} : value / splat(scale);
       Vec code = unit < -top ? -top : unit > top ? top : unit;
       code = (code + splat(kMagic)) - splat(kMagic);
-      const Sums whole = __builtin_convertvector(code, Sums);
-      for (size_t j = i; j < end && j < i + kLanes; ++j) codes[j] = static_cast<int8_t>(whole[j - i]);
+      uint8_t bytes[kLanes];
+      store_low_bytes(bytes, __builtin_convertvector(code, Sums));
+      const size_t count = end - run - i < kLanes ? end - run - i : kLanes;
+      copy(bytes, count, reinterpret_cast<uint8_t*>(codes) + run + i);
       squares_of_run += unit * unit;
       lost_of_run += (unit - code) * (unit - code);
-    }
+    });
     square += sum_of(squares_of_run);
     lost += sum_of(lost_of_run);
   }

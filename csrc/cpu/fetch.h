@@ -16,6 +16,14 @@ inline void fetch_pages(const void* from, size_t bytes) {
   for (size_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(later + i);
 }
 
+// Where codes are read one after another. It pays with 256-bit vectors, which take long enough for each line (Zen 3: one
+// query on int8 rows in 0.86 of the time); with longer ones nothing was measured.
+inline void fetch_ahead([[maybe_unused]] const void* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __builtin_prefetch(static_cast<const char*>(from) + 2048);
+#endif
+}
+
 // Spreads lines evenly over a loop: next() is called at each of so many steps.
 class Spread {
  public:

@@ -56,6 +56,16 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
       }
     }
   };
+  // starts (pieces, …, lanes) of a block's codes, `stride` from one piece to the next.
+  const auto start = [&](const int8_t* codes, int32_t* starts, size_t stride) {
+    for (size_t i = 0; i < padded; i += bytes, codes += bytes) {
+      int32_t* of_piece = starts + i / kMaxPiece * stride;
+      for (size_t lane = 0; lane < lanes; ++lane) {
+        const int8_t* four = codes + 4 * lane;
+        of_piece[lane] -= code.bias * (four[0] + four[1] + four[2] + four[3]);
+      }
+    }
+  };
   std::vector<int8_t> plain(padded), ordered(padded);
   std::vector<float> rest(d);
   for (size_t q = 0; q < Q; ++q) {
@@ -68,19 +78,14 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
       rests.scales[q * L + b] = code.sign * kernels.round(rest.data(), d, plain.data(), rest_squares);
       int8_t* rest_codes = rests.codes.data() + (q * L + b) * padded;
       order(plain, rest_codes);
-      for (size_t i = 0; i < padded; ++i) {
-        rests.starts[((q * L + b) * pieces + i / kMaxPiece) * lanes + i % bytes / 4] -=
-            code.bias * rest_codes[i];
-      }
+      start(rest_codes, rests.starts.data() + (q * L + b) * pieces * lanes, lanes);
       if (!few.empty()) {
         Few& group = few[q / kMaxFewQueries];
         const size_t at = b * group.count + q - group.first;
         group.scales[at] = scale;
         std::copy(ordered.begin(), ordered.end(), group.codes.begin() + static_cast<ptrdiff_t>(at * padded));
-        for (size_t i = 0; i < padded; ++i) {
-          const size_t place = (b * pieces + i / kMaxPiece) * group.count + q - group.first;
-          group.starts[place * lanes + i % bytes / 4] -= code.bias * ordered[i];
-        }
+        start(ordered.data(), group.starts.data() + (b * pieces * group.count + q - group.first) * lanes,
+              group.count * lanes);
       } else {
         const auto after =
             std::upper_bound(panels.begin(), panels.end(), q,

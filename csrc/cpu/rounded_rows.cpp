@@ -55,20 +55,23 @@ void ByteQueries::lay_across(const float* given, size_t Q) {
   const size_t padded = round_up(rest, kernels.lanes);
   stride = (round_up(L * full, across) * kChunkDepth + round_up(rest > 0 ? L : 0, across) * padded);
   values.resize(Q * stride);
-  // Where number k of the n-th chunk goes that is `depth` numbers deep.
-  const auto place = [&](size_t n, size_t k, size_t depth) {
+  // The n-th chunk that is `depth` numbers deep, of which there are `count`.
+  const auto lay = [&](size_t n, size_t depth, const float* from, size_t count, float* to) {
     const size_t group = kernels.group;
-    return n / across * across * depth + k / group * across * group + n % across * group + k % group;
+    to += n / across * across * depth + n % across * group;
+    for (size_t k = 0; k < count; k += group, to += across * group) {
+      for (size_t j = 0; j < group && k + j < count; ++j) to[j] = from[k + j];
+    }
   };
   for (size_t q = 0; q < Q; ++q) {
     for (size_t b = 0; b < L; ++b) {
       const float* from = given + (q * L + b) * d;
       float* to = values.data() + q * stride;
-      for (size_t k = 0; k < full * kChunkDepth; ++k) {
-        to[place(b * full + k / kChunkDepth, k % kChunkDepth, kChunkDepth)] = from[k];
+      for (size_t i = 0; i < full; ++i) {
+        lay(b * full + i, kChunkDepth, from + i * kChunkDepth, kChunkDepth, to);
       }
       to += round_up(L * full, across) * kChunkDepth;
-      for (size_t k = 0; k < rest; ++k) to[place(b, k, padded)] = from[full * kChunkDepth + k];
+      lay(b, padded, from + full * kChunkDepth, rest, to);
     }
   }
 }
