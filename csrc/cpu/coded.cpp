@@ -123,31 +123,9 @@ class CodedSearch : public Filter {
                                  bytes_.data() + r * stride);
       for (size_t b = 0; b < rows_.L; ++b) scales_[b * tile_rows_ + r] = scale[b];
     }
-    // Meanwhile the next tile is fetched, a part with every call of the kernel.
     Ahead ahead;
     ahead.open(rows_, row + count, tile_rows_);
-    const size_t block_rows = rounded_.panels.front().kernel->rows;
-    const size_t calls =
-        rows_.L * rounded_.chunks * rounded_.panels.size() * ((count + block_rows - 1) / block_rows);
-    const size_t lines = (ahead.lines() + calls - 1) / calls;
-    std::fill(scores_.begin(), scores_.end(), 0.0f);
-    for (size_t b = 0; b < rows_.L; ++b) {
-      for (size_t chunk = 0; chunk < rounded_.chunks; ++chunk) {
-        const size_t from = chunk * RoundedQueries::kChunk;
-        const size_t depth = std::min(RoundedQueries::kChunk, rounded_.padded - from);
-        for (const RoundedQueries::Panel& panel : rounded_.panels) {
-          const CodedPanelKernel& kernel = *panel.kernel;
-          const size_t width = kernel.queries;
-          for (size_t r = 0; r < count; r += kernel.rows) {
-            kernel.run(bytes_.data() + r * stride + b * rounded_.padded + from, stride,
-                       panel.codes.data() + (b * rounded_.padded + from) * width, depth, ahead.take(lines),
-                       panel.starts.data() + (b * rounded_.chunks + chunk) * width,
-                       scales_.data() + b * tile_rows_ + r, panel.scales.data() + b * width,
-                       scores_.data() + r * rounded_.width + panel.first, rounded_.width);
-          }
-        }
-      }
-    }
+    rounded_.multiply({bytes_.data(), stride, scales_.data(), tile_rows_, count}, ahead, scores_);
   }
 
   // Row n, at place r of the tile, enters for the queries whose best it may be among.

@@ -109,4 +109,26 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
   }
 }
 
+void RoundedQueries::multiply(const Tile& tile, Ahead& ahead, Aligned<float>& scores) const {
+  const size_t step = panels.front().kernel->rows;
+  const size_t calls = L * chunks * panels.size() * ((tile.count + step - 1) / step);
+  const size_t lines = (ahead.lines() + calls - 1) / calls;
+  std::fill(scores.begin(), scores.end(), 0.0f);
+  for (size_t b = 0; b < L; ++b) {
+    for (size_t chunk = 0; chunk < chunks; ++chunk) {
+      const size_t from = b * padded + chunk * kChunk, depth = std::min(kChunk, padded - chunk * kChunk);
+      for (const Panel& panel : panels) {
+        const size_t count = panel.kernel->queries;
+        for (size_t r = 0; r < tile.count; r += step) {
+          panel.kernel->run(tile.bytes + r * tile.stride + from, tile.stride,
+                            panel.codes.data() + from * count, depth, ahead.take(lines),
+                            panel.starts.data() + (b * chunks + chunk) * count,
+                            tile.scales + b * tile.rows + r, panel.scales.data() + b * count,
+                            scores.data() + r * width + panel.first, width);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace trackstar

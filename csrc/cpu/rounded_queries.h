@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/ahead.h"
 #include "cpu/aligned.h"
 #include "cpu/coded_kernel.h"
 #include "cpu/filter.h"
@@ -30,6 +31,16 @@ struct RoundedQueries {
     std::vector<int32_t> starts;  // (L, chunks, queries)
     std::vector<float> scales;    // (L, queries)
   };
+
+  // Rows (count, L, padded) as bytes, `stride` from one to the next, with scales (L, rows).
+  struct Tile {
+    const uint8_t* bytes;
+    size_t stride;
+    const float* scales;
+    size_t rows, count;
+  };
+  // The tile's rough scores (count, width), by panels; meanwhile lines are fetched.
+  void multiply(const Tile& tile, Ahead& ahead, Aligned<float>& scores) const;
 
   // From one row of L · padded bytes to the next, so that rows side by side do not fall on the same lines of the first
   // cache.

@@ -102,7 +102,8 @@ void ByteRows::open(size_t row, size_t count) {
   widened_ = kNone;
   ahead_.open(rows_, row + count, tile_rows_);
   for (size_t r = 0; r < count; ++r) round(r);
-  multiply(count);
+  // Meanwhile the next tile is fetched. (Rounding is reading already.)
+  rounded_.multiply({bytes_.data(), stride_, scales_.data(), tile_rows_, count}, ahead_, scores_);
 }
 
 // A row without bounds gets a norm of NaN, which rules out nothing.
@@ -124,30 +125,6 @@ void ByteRows::round(size_t r) {
   });
   norms_[r] = known ? static_cast<float>(norm + rest) : std::numeric_limits<float>::quiet_NaN();
   rests_[r] = static_cast<float>(rest);
-}
-
-// The rough scores of the tile; meanwhile the next one is fetched. (Rounding is reading already.)
-void ByteRows::multiply(size_t count) {
-  const size_t step = rounded_.panels.front().kernel->rows;
-  const size_t calls = runs_ * rounded_.chunks * rounded_.panels.size() * ((count + step - 1) / step);
-  const size_t lines = (ahead_.lines() + calls - 1) / calls;
-  std::fill(scores_.begin(), scores_.end(), 0.0f);
-  for (size_t i = 0; i < runs_; ++i) {
-    for (size_t chunk = 0; chunk < rounded_.chunks; ++chunk) {
-      const size_t from = chunk * RoundedQueries::kChunk;
-      const size_t depth = std::min(RoundedQueries::kChunk, rounded_.padded - from);
-      for (const RoundedQueries::Panel& panel : rounded_.panels) {
-        const size_t width = panel.kernel->queries;
-        for (size_t r = 0; r < count; r += step) {
-          panel.kernel->run(bytes_.data() + r * stride_ + i * rounded_.padded + from, stride_,
-                            panel.codes.data() + (i * rounded_.padded + from) * width, depth,
-                            ahead_.take(lines), panel.starts.data() + (i * rounded_.chunks + chunk) * width,
-                            scales_.data() + i * tile_rows_ + r, panel.scales.data() + i * width,
-                            scores_.data() + r * rounded_.width + panel.first, rounded_.width);
-        }
-      }
-    }
-  }
 }
 
 size_t ByteRows::doubtful(size_t r, const float* above, const float* below, uint32_t* which) const {

@@ -54,7 +54,6 @@ class ByteRows {
 
  private:
   void round(size_t r);
-  void multiply(size_t count);
   const float* scales(size_t r) const {
     return rows_.scales ? rows_.scales + (row_ + r) * rows_.L : ones_.data();
   }
