@@ -1,10 +1,11 @@
 """What narrow rows keep of the answers: ``python -m benchmarks.narrow STORE --model DIR --queries FILE.jsonl``.
 
-STORE has float32 rows, such as a build with ``--dtype float32``. They are encoded in every dtype, as
-``trackstar reencode`` does, and asked the same questions with the task-mixed Hessian: how many of the ten best stay,
-and how many of the float32 rows' ten are among the fifty best. Then narrow rows get a float16 copy beside them, in a
-temporary store, which a scan answers from: how many of the ten best stay now, and how many rows that took. The last
-line is what the best code there can be of one bit a number would keep (:func:`ideal_code`). Nothing is timed.
+STORE has float32 rows, such as a build with ``--dtype float32``; benchmarks/questions.jsonl has questions for the
+demo's. The rows are encoded in every dtype, as ``trackstar reencode`` does, and asked the same questions with the
+task-mixed Hessian: how many of the ten best stay, and how many of the float32 rows' ten are among the fifty best.
+Then narrow rows get a float16 copy beside them, in a temporary store, which a scan answers from: how many of the ten
+best stay now, and how many rows that took. The last line is what the best code there can be of one bit a number would
+keep (:func:`ideal_code`). Nothing is timed.
 """
 
 import argparse

@@ -1,78 +1,13 @@
 #include "cpu/coded_kernel.h"
 
-#include "cpu/code_layout.h"
+#include "cpu/code_simd.h"
 #include "cpu/fetch.h"
-#include "cpu/integer_simd.h"
 #include "cpu/lane_sums.h"
+#include "cpu/rounding_simd.h"
 
 namespace trackstar {
 namespace TRACKSTAR_ISA {
 namespace {
-
-inline void copy(const uint8_t* from, size_t n, uint8_t* to) {
-  for (size_t i = 0; i < n; ++i) to[i] = from[i];
-}
-
-// How each dtype's codes become bytes, `vectors` vectors a step, and floats, a vector from element i on.
-
-struct Int8Codes {
-  static constexpr int bias = 128, vectors = 1;
-  static constexpr size_t bytes(size_t d) { return d; }
-  static void load(const uint8_t* codes, Bytes* out) { out[0] = load_bytes(codes) ^ splat_byte(0x80); }
-  static Vec load_floats(const uint8_t* codes, size_t i) {
-    return to_floats((Quarter)(*reinterpret_cast<const UnalignedQuarter*>(codes + i)));
-  }
-};
-
-// For every two groups of 32 elements a byte with their multipliers, and behind it 32 bytes with their codes.
-struct Int4Codes {
-  static constexpr int bias = 128, vectors = kBytes == 16 ? 4 : 2;
-  static constexpr size_t bytes(size_t d) { return int4_bytes(d); }
-  static void load(const uint8_t* codes, Bytes* out) {
-    typedef uint16_t Pairs __attribute__((vector_size(kBytes)));
-    constexpr int kGroups = kBytes / 16, kHalf = vectors / 2;
-    const Bytes low = splat_byte(15);
-#pragma GCC unroll 2
-    for (int v = 0; v < kHalf; ++v) {
-      const uint8_t *pairs[kGroups], *levels[kGroups];
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) {
-        const int group = v * kGroups + g;
-        const uint8_t* cell = codes + group / 2 * kInt4Cell;
-        pairs[g] = cell + 1 + group % 2 * 16;
-        levels[g] = kInt4Levels.of[cell[0] >> group % 2 * 4 & 15];
-      }
-      const Bytes both = load_sixteens(pairs), numbers = load_sixteens(levels);
-      out[v] = look_up(numbers, both & low);
-      out[kHalf + v] = look_up(numbers, (Bytes)((Pairs)both >> 4) & low);
-    }
-  }
-  static Vec load_floats(const uint8_t* codes, size_t i) {
-    const uint8_t* cell = codes + i / 64 * kInt4Cell;
-    const uint8_t* numbers = kInt4Levels.of[cell[0] >> i % 64 / 32 * 4 & 15];
-    return to_floats(look_up_pairs(numbers, cell + 1 + i % 64 / 2) ^ -128);
-  }
-};
-
-struct SignCodes {
-  static constexpr int bias = 1, vectors = 1;
-  static constexpr size_t bytes(size_t d) { return (d + 7) / 8; }
-  static void load(const uint8_t* codes, Bytes* out) { out[0] = twice_bits(codes); }
-  // Values with the signs of a vector of codes.
-  static Vec signed_values(Vec values, const uint8_t* codes, size_t i) {
-#if defined(__AVX512F__)
-    typedef uint16_t Unaligned __attribute__((aligned(1), may_alias));
-    const __mmask16 negative = *reinterpret_cast<const Unaligned*>(codes + i / 8);
-    const __m512i sign = _mm512_set1_epi32(INT32_MIN);
-    return (Vec)_mm512_mask_xor_epi32((__m512i)values, negative, (__m512i)values, sign);
-#else
-    Bits place;
-    for (ptrdiff_t lane = 0; lane < kLanes; ++lane) place[lane] = static_cast<uint32_t>(31 - i % 8 - lane);
-    return (Vec)((Bits)values ^ (uint32_t{codes[i / 8]} << place & 0x80000000));
-#endif
-  }
-  static Vec load_floats(const uint8_t* codes, size_t i) { return signed_values(splat(1.0f), codes, i); }
-};
 
 template <typename Codes>
 constexpr size_t kElements = Codes::vectors * kBytes;  // of a step
@@ -289,127 +224,26 @@ __attribute__((noinline)) void panel(const uint8_t* rows, size_t row_stride, con
   }
 }
 
-// ---- Queries, scales, thresholds --------------------------------------------------------------------------
-
-// Calls use(values, i) for every vector of n numbers, the last one padded with zeros.
-template <typename Use>
-inline void for_vectors(const float* values, size_t n, Use use) {
-  size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) use(load(values + i), i);
-  if (i < n) {
-    float tail[kLanes] = {};
-    for (size_t j = 0; i + j < n; ++j) tail[j] = values[i + j];
-    use(load(tail), i);
-  }
-}
-
-void sizes(const float* values, size_t n, float* largest, float* square) {
-  Vec most = {}, squares = {};
-  for_vectors(values, n, [&](Vec value, size_t) {
-    const Vec size = value < 0 ? -value : value;
-    most = size <= most ? most : size;  // a NaN stays
-    squares += size * size;
-  });
-  sum_lanes<1>(&squares, square);
-  // NaN is the largest of all, as whole numbers too.
-  const int32_t top = largest_of((Sums)most);
-  __builtin_memcpy(largest, &top, sizeof(top));
-}
-
-float round(const float* values, size_t d, int8_t* codes, double* squares) {
-  constexpr size_t kRun = 256 * kLanes;  // summed in float32
-  constexpr float kMagic = 0x1.8p23f;    // of which whole numbers are the last bits
-  float largest, unused;
-  sizes(values, d, &largest, &unused);
-  const float scale = largest / kTop;
-  const Vec top = splat(kTop);
-  double square = 0, lost = 0;  // in units of the scale, where nothing vanishes
-  for (size_t run = 0; run < d; run += kRun) {
-    const size_t end = d < run + kRun ? d : run + kRun;
-    Vec squares_of_run = {}, lost_of_run = {};
-    for_vectors(values + run, end - run, [&](Vec value, size_t i) {
-      const Vec unit = scale == 0 ? Vec{} : value / splat(scale);
-      Vec code = unit < -top ? -top : unit > top ? top : unit;
-      code = (code + splat(kMagic)) - splat(kMagic);
-      uint8_t bytes[kLanes];
-      store_low_bytes(bytes, __builtin_convertvector(code, Sums));
-      const size_t count = end - run - i < kLanes ? end - run - i : kLanes;
-      copy(bytes, count, reinterpret_cast<uint8_t*>(codes) + run + i);
-      squares_of_run += unit * unit;
-      lost_of_run += (unit - code) * (unit - code);
-    });
-    square += sum_of(squares_of_run);
-    lost += sum_of(lost_of_run);
-  }
-  // Not zero unless all values are.
-  const double most = static_cast<double>(largest) * largest, unit = static_cast<double>(scale) * scale;
-  squares[0] += unit * square > most ? unit * square : most;
-  squares[1] += unit * lost;
-  return scale;
-}
-
-void to_bytes(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,
-              size_t stride, double* squares) {
-  constexpr float kMagic = 0x1.8p23f + 128;  // of which whole numbers, plus 128, are the last bits
-  constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
-  constexpr size_t kTogether = 16;  // runs, whose sizes are found first: no run waits for its own
-  for (size_t first = 0; first < runs.count; first += kTogether) {
-    const size_t count = runs.count - first < kTogether ? runs.count - first : kTogether;
-    float largest[kTogether];
-    for (size_t i = 0; i < count; ++i) {
-      Sums most = {};  // as whole numbers floats are in order, and NaN is the largest of all
-      for_vectors(values + i * runs.size, runs.size, [&](Vec value, size_t) {
-        const Sums size = (Sums)value & 0x7FFFFFFF;
-        most = most > size ? most : size;
-      });
-      const int32_t top = largest_of(most);
-      __builtin_memcpy(&largest[i], &top, sizeof(top));
-    }
-    Vec square = {}, lost = {};
-    for (size_t i = 0; i < count; ++i, values += runs.size, bytes += runs.padded) {
-      const float most = largest[i], block = blocks[(first + i) / runs.of_block];
-      const bool fits = most == 0 || (most >= kSmallest && most <= kLargest);
-      const float scale = fits ? most / 127 : __builtin_nanf("");
-      const Vec unit = splat(most == 0 ? 0.0f : 127 / most), size = splat(scale);
-      Vec square_of_run = {}, lost_of_run = {};
-      for_vectors(values, runs.size, [&](Vec value, size_t k) {
-        const Vec code = value * unit + splat(kMagic);
-        const Vec rest = value - size * (code - splat(kMagic));
-        square_of_run += value * value;
-        lost_of_run += rest * rest;
-        store_low_bytes(bytes + k, (Sums)code);
-      });
-      for (size_t k = (runs.size + kLanes - 1) / kLanes * kLanes; k < runs.padded; ++k) bytes[k] = 128;
-      square += splat(block * block) * square_of_run;
-      lost += splat(block * block) * lost_of_run;
-      scales[(first + i) * stride] = scale * block;
-    }
-    squares[0] += sum_of(square);
-    squares[1] += sum_of(lost);
-  }
-}
+// ---- One query and one row as bytes -------------------------------------------------------------------------
 
 float product(const uint8_t* bytes, size_t padded, const float* scales, size_t stride,
               const FewQueries& query) {
   const int8_t* codes = query.codes;
-  const int32_t* starts = query.starts;
   Vec total = {};
   for (size_t b = 0; b < query.L; ++b, bytes += padded, codes += padded) {
-    const Vec scale = splat(scales[b * stride] * query.scales[b]);
-    for (size_t piece = 0; piece < padded; piece += kMaxPiece, starts += kLanes) {
-      const size_t end = padded < piece + kMaxPiece ? padded : piece + kMaxPiece;
-      Sums sums = load_sums(starts);
+    Sums sums = load_sums(query.starts + b * kLanes);
 #pragma GCC unroll 4
-      for (size_t k = piece; k < end; k += kBytes) {
-        sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
-      }
-      total += to_floats(sums) * scale;
+    for (size_t k = 0; k < padded; k += kBytes) {
+      sums = dot4(sums, load_bytes(bytes + k), load_bytes(codes + k));
     }
+    total += to_floats(sums) * splat(scales[b * stride] * query.scales[b]);
   }
   float score;
   sum_lanes<1>(&total, &score);
   return score;
 }
+
+// ---- Thresholds -------------------------------------------------------------------------------------------
 
 // Bit i: whether lane i is not at most its limit.
 inline unsigned lanes_above(Vec value, Vec limit) {

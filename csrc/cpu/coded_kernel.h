@@ -89,7 +89,8 @@ struct CodedKernels {
   void (*to_bytes)(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,
                    size_t stride, double* squares);
 
-  // Score of one query and a row as bytes, (L, padded d), block b's scale at scales[b · stride].
+  // Score of one query and a row of `padded` bytes a block, at most kMaxPiece, whole vectors, block b's scale at
+  // scales[b · stride].
   float (*product)(const uint8_t* bytes, size_t padded, const float* scales, size_t stride,
                    const FewQueries& query);
 

@@ -65,7 +65,8 @@ class Contest {
     const auto dismiss = [&] {
       waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), hopeless), waiting_.end());
     };
-    for (dismiss(); !waiting_.empty(); dismiss()) {
+    dismiss();
+    while (!waiting_.empty()) {
       const size_t group = std::min(waiting_.size(), group_size());
       std::nth_element(waiting_.begin(), waiting_.begin() + static_cast<ptrdiff_t>(group - 1), waiting_.end(),
                        promises_more);
@@ -87,9 +88,9 @@ class Contest {
         before = 0;
       }
       waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<ptrdiff_t>(group));
+      dismiss();
       if (!all && waiting_.size() <= capacity_ / 2) break;
     }
-    dismiss();
     due_ = std::min(capacity_, waiting_.size() + turn());
   }
 

@@ -14,6 +14,10 @@ typedef uint8_t UnalignedBytes __attribute__((vector_size(kBytes), aligned(1), m
 typedef int32_t Sums __attribute__((vector_size(kBytes)));
 typedef int32_t UnalignedSums __attribute__((vector_size(kBytes), aligned(4), may_alias));
 
+inline void copy(const uint8_t* from, size_t n, uint8_t* to) {
+  for (size_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
 inline Bytes load_bytes(const void* from) { return *static_cast<const UnalignedBytes*>(from); }
 inline void store_bytes(void* to, Bytes value) { *static_cast<UnalignedBytes*>(to) = value; }
 inline Sums load_sums(const int32_t* from) { return *reinterpret_cast<const UnalignedSums*>(from); }

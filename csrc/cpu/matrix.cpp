@@ -3,12 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/round_up.h"
+
 namespace trackstar {
-namespace {
-
-size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
-
-}  // namespace
 
 Matrix::Matrix(size_t count, size_t L, size_t d) : Matrix(count, L, d, round_up(d, scoring_kernels().group)) {
   if (count > kMaxDotQueries) return;

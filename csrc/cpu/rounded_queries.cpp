@@ -4,13 +4,13 @@
 #include <cstring>
 #include <numeric>
 
+#include "cpu/round_up.h"
+
 namespace trackstar {
 namespace {
 
 // More queries are worth expanding rows for.
 constexpr size_t kMostFew = 2 * kMaxFewQueries;
-
-size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
 
 }  // namespace
 

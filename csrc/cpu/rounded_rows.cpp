@@ -8,6 +8,7 @@
 #include "cpu/coded.h"
 #include "cpu/filter.h"
 #include "cpu/isa.h"
+#include "cpu/round_up.h"
 
 namespace trackstar {
 namespace {
@@ -27,8 +28,6 @@ size_t rows_of_tile(const RoundedQueries& rounded, const Rows& rows, size_t runs
   const size_t step = rounded.panels.front().kernel->rows;
   return std::max(std::min(fit, kTileRows) / step * step, step);
 }
-
-size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
 
 // Roundings of a score that is computed.
 size_t roundings(size_t L, size_t d) { return kChunkDepth + 2 * L * (d / kChunkDepth + 1) + 2; }

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/round_up.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -20,8 +22,6 @@ int thread_index() {
   return 0;
 #endif
 }
-
-size_t round_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
 
 }  // namespace
 

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "cpu/fetch_lines.h"
+#include "cpu/round_up.h"
 
 namespace trackstar {
 
@@ -17,9 +18,7 @@ constexpr size_t kWordsTogether = 8;    // whose tables lie side by side
 constexpr size_t kWordTables = 8 * 16;  // bytes: of one query and word
 
 // Of so many words, with words whose sums are all 0 behind the last ones.
-constexpr size_t table_bytes(size_t words) {
-  return (words + kWordsTogether - 1) / kWordsTogether * kWordsTogether * kWordTables;
-}
+static constexpr size_t table_bytes(size_t words) { return round_up(words, kWordsTogether) * kWordTables; }
 
 // Up to kTableRows rows, of which a call takes some words, the first `word` words from rows[r]; after the last row it is
 // repeated.

@@ -370,6 +370,8 @@ def fit_scan(
         per_row += 4 * L
     if layout.narrow:
         fixed += BOUNDS
+    if layout.dtype == "sign":
+        per_query += 4 * L * (-d % 256)  # of tables, which are padded
     if unwhitened_norms:
         fixed += 4 * L * d**2
         per_row += 12 * d
