@@ -56,8 +56,8 @@ def read_rows(rows: torch.Tensor, streams: int) -> None:
 def _peak() -> ctypes.CDLL:
     """peak.cpp, built for the instruction set level in force."""
     level = _C.isa()
-    targets = {"avx-vnni": "x86-64-v3", "avx512-vnni": "x86-64-v4", "avx512-bf16": "x86-64-v4"}
-    targets |= {"baseline": "x86-64", "neon": "native"}
+    targets = {"baseline": "x86-64", "neon": "native", "avx-vnni": "x86-64-v3"}
+    targets |= dict.fromkeys(("avx512-vnni", "avx512-bf16", "amx"), "x86-64-v4")
     target = targets.get(level, level)
     RESULTS.mkdir(exist_ok=True)
     library = RESULTS / f"peak-{level}.so"

@@ -32,9 +32,10 @@ constexpr const char* kBaseline = "neon";
 #else
 constexpr const char* kBaseline = "baseline";
 #endif
-const std::pair<const char*, Isa> kLevels[] = {{kBaseline, Isa::baseline},    {"x86-64-v3", Isa::v3},
-                                               {"avx-vnni", Isa::v3_vnni},    {"x86-64-v4", Isa::v4},
-                                               {"avx512-vnni", Isa::v4_vnni}, {"avx512-bf16", Isa::v4_bf16}};
+const std::pair<const char*, Isa> kLevels[] = {
+    {kBaseline, Isa::baseline}, {"x86-64-v3", Isa::v3},        {"avx-vnni", Isa::v3_vnni},
+    {"x86-64-v4", Isa::v4},     {"avx512-vnni", Isa::v4_vnni}, {"avx512-bf16", Isa::v4_bf16},
+    {"amx", Isa::amx}};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

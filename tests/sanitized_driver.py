@@ -22,6 +22,11 @@ LEVELS = {
         ("coded_kernel", "table_kernel"),
     ),
     "avx512-bf16": ("v4_bf16", ["-march=x86-64-v4", "-mavx512bf16"], ("gradient_kernel",)),
+    "amx": (
+        "amx",
+        ["-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi", "-mamx-tile", "-mamx-int8"],
+        ("coded_kernel",),
+    ),
 }
 MEMORY = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 THREADS = ("-fsanitize=thread",)

@@ -17,6 +17,10 @@ namespace trackstar {
 
 const CodedKernels& coded_kernels() {
   switch (isa()) {
+#ifdef TRACKSTAR_HAS_amx
+    case Isa::amx:
+      return amx::coded_kernels;
+#endif
 #ifdef TRACKSTAR_HAS_v4_vnni
     case Isa::v4_bf16:
     case Isa::v4_vnni:
@@ -59,7 +63,7 @@ double decoded_square(const Rows& rows, size_t n) {
 namespace {
 
 constexpr size_t kTileBytes = 256 << 10;  // of expanded rows, which stay in the second-level cache
-constexpr size_t kTileRows = 48;
+constexpr size_t kTileRows = 64;
 
 // Scores rows by products of whole numbers.
 class CodedSearch : public Filter {
@@ -100,32 +104,30 @@ class CodedSearch : public Filter {
     if (rounded.panels.empty()) return kTileRows;
     const size_t step = rounded.panels.front().kernel->rows;
     const size_t fit = kTileBytes / (L * rounded.padded) / step * step;
-    return std::min(std::max(fit, step), kTileRows);
+    return std::max(std::min(fit, kTileRows / step * step), step);
   }
 
   void score_few(size_t row, size_t count) {
-    for (const RoundedQueries::Few& group : rounded_.few) {
-      const FewKernel kernel = code_.few[group.count - 1];
-      const FewQueries queries{rows_.L, rows_.d, group.codes.data(), group.starts.data(),
-                               group.scales.data()};
-      for (size_t r = 0; r < count; ++r) {
-        kernel(row_at(rows_, row + r), scales(row + r), block_bytes_, queries,
-               scores_.data() + r * rounded_.width + group.first);
-      }
+    const RoundedQueries::Few& few = rounded_.few;
+    const FewQueries queries{rows_.L, rows_.d, few.codes.data(), few.starts.data(), few.scales.data()};
+    const FewKernel kernel = code_.few[rounded_.width - 1];
+    for (size_t r = 0; r < count; ++r) {
+      kernel(row_at(rows_, row + r), scales(row + r), block_bytes_, queries,
+             scores_.data() + r * rounded_.width);
     }
   }
 
   void score_panels(size_t row, size_t count) {
     const size_t stride = RoundedQueries::row_stride(rows_.L * rounded_.padded);
+    auto [making, multiplying] = rounded_.fetch(rows_, row, count);
+    const size_t lines = (making.lines() + count - 1) / count;
     for (size_t r = 0; r < count; ++r) {
       const float* scale = scales(row + r);
       squares_[r] = code_.expand(row_at(rows_, row + r), block_bytes_, scale, rows_.L, rows_.d,
-                                 bytes_.data() + r * stride);
+                                 making.take(lines), bytes_.data() + r * stride);
       for (size_t b = 0; b < rows_.L; ++b) scales_[b * tile_rows_ + r] = scale[b];
     }
-    Ahead ahead;
-    ahead.open(rows_, row + count, tile_rows_);
-    rounded_.multiply({bytes_.data(), stride, scales_.data(), tile_rows_, count}, ahead, scores_);
+    rounded_.multiply({bytes_.data(), stride, scales_.data(), tile_rows_, count}, multiplying, scores_);
   }
 
   // Row n, at place r of the tile, enters for the queries whose best it may be among.

@@ -91,8 +91,10 @@ inline Sums add_squares(Sums sums, const Bytes* bytes) {
 
 template <typename Codes, bool kExpand>
 double measure(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d,
-               uint8_t* bytes) {
+               const FetchLines& fetch, uint8_t* bytes) {
   constexpr size_t kEvery = kElements<Codes>;
+  fetch_pages(fetch.from, fetch.lines * kLineBytes);
+  Spread ahead(fetch, L * ((d + kEvery - 1) / kEvery));
   double total = 0;
   for (size_t b = 0; b < L; ++b, row += block_bytes) {
     int64_t square = Codes::bias == 1 ? static_cast<int64_t>(d) : 0;
@@ -103,6 +105,7 @@ double measure(const uint8_t* row, size_t block_bytes, const float* scales, size
         Bytes out[Codes::vectors];
         Codes::load(from, out);
         if constexpr (kExpand) {
+          ahead.next();
           for (int v = 0; v < Codes::vectors; ++v) store_bytes(bytes + i + v * kBytes, out[v]);
         }
         if constexpr (Codes::bias != 1) sums = add_squares<Codes>(sums, out);
@@ -117,13 +120,13 @@ double measure(const uint8_t* row, size_t block_bytes, const float* scales, size
 
 template <typename Codes>
 double expand(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d,
-              uint8_t* bytes) {
-  return measure<Codes, true>(row, block_bytes, scales, L, d, bytes);
+              const FetchLines& fetch, uint8_t* bytes) {
+  return measure<Codes, true>(row, block_bytes, scales, L, d, fetch, bytes);
 }
 
 template <typename Codes>
 double square(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d) {
-  return measure<Codes, false>(row, block_bytes, scales, L, d, nullptr);
+  return measure<Codes, false>(row, block_bytes, scales, L, d, {nullptr, 0}, nullptr);
 }
 
 // The last codes of a block, from element i on; what is behind them is read as zero bits.
@@ -178,6 +181,69 @@ void widen_codes(const uint8_t* codes, size_t d, float* out) {
 
 // ---- Many queries: vectors along the queries, over rows expanded to bytes ---------------------------------
 
+#if defined(__AMX_INT8__)
+// In tiles of 16 rows × 64 bytes, two of which are multiplied at once.
+
+constexpr int kTileRows = 16;
+constexpr size_t kTileDepth = 64;
+
+// Eight tiles, each of 16 rows of 64 bytes: sums are 0 to 3, rows 4 and 5, queries 6 and 7.
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const TileConfiguration kTiles;
+
+void begin() { _tile_loadconfig(&kTiles); }
+void end() { _tile_release(); }
+
+// 32 rows and kQueryTiles · 16 queries. Blocks are padded to whole tiles.
+template <int kQueryTiles>
+__attribute__((noinline)) void tile_panel(const uint8_t* rows, size_t row_stride, const int8_t* panel,
+                                          size_t depth, const FetchLines&, const int32_t* starts,
+                                          const float* scale, const float* query_scales, float* scores,
+                                          size_t score_stride) {
+  constexpr size_t kQueryStride = kQueryTiles * 64;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t k = 0; k < depth; k += kTileDepth) {
+    const int8_t* queries = panel + k * kQueryTiles * kTileRows;
+    _tile_loadd(6, queries, kQueryStride);
+    _tile_loadd(4, rows + k, row_stride);
+    _tile_dpbusd(0, 4, 6);
+    _tile_loadd(5, rows + kTileRows * row_stride + k, row_stride);
+    _tile_dpbusd(1, 5, 6);
+    if constexpr (kQueryTiles == 2) {
+      _tile_loadd(7, queries + 64, kQueryStride);
+      _tile_dpbusd(2, 4, 7);
+      _tile_dpbusd(3, 5, 7);
+    }
+  }
+  alignas(64) int32_t sums[kQueryTiles][2 * kTileRows][kLanes];
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[0][kTileRows], 64);
+  if constexpr (kQueryTiles == 2) {
+    _tile_stored(2, sums[1], 64);
+    _tile_stored(3, sums[1][kTileRows], 64);
+  }
+  for (int r = 0; r < 2 * kTileRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kQueryTiles; ++v) {
+      float* score = scores + r * score_stride + v * kLanes;
+      const Sums sum = load_sums(sums[v][r]) + load_sums(starts + v * kLanes);
+      store(score, load(score) + to_floats(sum) * (scale[r] * load(query_scales + v * kLanes)));
+    }
+  }
+}
+
+#else
+
+void begin() {}
+void end() {}
+
 #if defined(__AVX512F__)
 constexpr int kPanelRows = 12;  // two vectors of sums each: 24 of 32 registers
 #elif defined(__AVXVNNI__)
@@ -223,6 +289,8 @@ __attribute__((noinline)) void panel(const uint8_t* rows, size_t row_stride, con
     }
   }
 }
+
+#endif
 
 // ---- One query and one row as bytes -------------------------------------------------------------------------
 
@@ -303,7 +371,11 @@ constexpr CodeKernels code_kernels() {
 
 template <int kVecs>
 constexpr CodedPanelKernel panel_kernel() {
-  return {kPanelRows, kVecs * kLanes, panel<kVecs>};
+#if defined(__AMX_INT8__)
+  return {2 * kTileRows, kVecs * kLanes, false, tile_panel<kVecs>};
+#else
+  return {kPanelRows, kVecs * kLanes, true, panel<kVecs>};
+#endif
 }
 
 }  // namespace
@@ -318,6 +390,8 @@ const CodedKernels coded_kernels = {
     code_kernels<Int8Codes>(),
     code_kernels<Int4Codes>(),
     code_kernels<SignCodes>(),
+    begin,
+    end,
     panel_kernel<1>(),
     panel_kernel<2>(),
     reaching,

@@ -38,10 +38,10 @@ struct CodeKernels {
   FewKernel few[kMaxFewQueries];  // by number of queries
 
   // A row's square Σ_b scales[b]² · Σ_k code_b,k², or a little less if there are codes of -128; `expand` also makes
-  // bytes (L, padded d) of it.
+  // bytes (L, padded d) of it and meanwhile fetches lines.
   double (*square)(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d);
   double (*expand)(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d,
-                   uint8_t* bytes);
+                   const FetchLines& fetch, uint8_t* bytes);
 
   // scores[r] += scale[r] · Σ_k code_r,k · query[k] for eight rows' codes, k < d, rounded as DotKernel rounds it:
   // d is at most as many numbers as it takes at once.
@@ -56,10 +56,11 @@ constexpr int kExactRows = 8;
 //
 //     scores[r * score_stride + q] += scale[r] · query_scales[q] · (starts[q] + Σ_k rows[r * row_stride + k] · query_q[k])
 //
-// over k < depth, a multiple of 4. Meanwhile it fetches lines.
+// over k < depth, a multiple of 4. Meanwhile it fetches lines, unless it takes too little time for that.
 struct CodedPanelKernel {
   int rows;
   int queries;
+  bool fetches;
   void (*run)(const uint8_t* rows, size_t row_stride, const int8_t* panel, size_t depth,
               const FetchLines& fetch, const int32_t* starts, const float* scale, const float* query_scales,
               float* scores, size_t score_stride);
@@ -85,9 +86,9 @@ struct CodedKernels {
   // vectors. A run's scale goes to scales[i · stride], NaN where its numbers are too large or too small, and is
   // multiplied by that of its block. Adds the row's sum of squares Σ (block · values)² to squares[0] and of what
   // rounding takes from it to squares[1], up to their own rounding, as long as no block's scale but 0 is smaller than
-  // kSmallestBlock.
-  void (*to_bytes)(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,
-                   size_t stride, double* squares);
+  // kSmallestBlock. Meanwhile it fetches lines.
+  void (*to_bytes)(const float* values, const Runs& runs, const float* blocks, const FetchLines& fetch,
+                   uint8_t* bytes, float* scales, size_t stride, double* squares);
 
   // Score of one query and a row of `padded` bytes a block, at most kMaxPiece, whole vectors, block b's scale at
   // scales[b · stride].
@@ -98,6 +99,10 @@ struct CodedKernels {
   void (*sizes)(const float* values, size_t n, float* largest, float* square);
 
   CodeKernels int8, int4, sign;
+
+  // Panels are run between a call of `begin` and one of `end`, in the same thread.
+  void (*begin)();
+  void (*end)();
   CodedPanelKernel narrow, wide;
 
   // Which of n scores may reach their thresholds: those whose upper[q] = sign · scores[q] + a · wide[q] + b · far[q]
@@ -124,6 +129,9 @@ namespace v4 {
 extern const CodedKernels coded_kernels;
 }
 namespace v4_vnni {
+extern const CodedKernels coded_kernels;
+}
+namespace amx {
 extern const CodedKernels coded_kernels;
 }
 

@@ -22,6 +22,7 @@ const GradientKernels& kernels_in_force() {
       return v4::gradient_kernels;
 #endif
 #ifdef TRACKSTAR_HAS_v4_bf16
+    case Isa::amx:
     case Isa::v4_bf16:
       return v4_bf16::gradient_kernels;
 #endif

@@ -195,15 +195,23 @@ inline int32_t sum_of(Sums sums) {
 }
 
 inline int32_t largest_of(Sums sums) {
-  int32_t lanes[kLanes];
-  __builtin_memcpy(lanes, &sums, sizeof(lanes));
-#pragma GCC unroll 4
-  for (ptrdiff_t width = kLanes / 2; width > 0; width /= 2) {
-#pragma GCC unroll 8
-    for (ptrdiff_t i = 0; i < width; ++i)
-      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  }
-  return lanes[0];
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const auto low = __builtin_shufflevector(sums, sums, 0, 1, 2, 3, 4, 5, 6, 7),
+             high = __builtin_shufflevector(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m256i eight = _mm256_max_epi32((__m256i)low, (__m256i)high);
+#else
+  const __m256i eight = (__m256i)sums;
+#endif
+  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4E));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1));
+  return _mm_cvtsi128_si32(most);
+#else
+  int32_t most = sums[0];
+  for (ptrdiff_t lane = 1; lane < kLanes; ++lane) most = most > sums[lane] ? most : sums[lane];
+  return most;
+#endif
 }
 
 // From the first lane to the last.

@@ -3,7 +3,29 @@
 #include <atomic>
 #include <initializer_list>
 
+#ifdef TRACKSTAR_HAS_amx
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace trackstar {
+
+#ifdef TRACKSTAR_HAS_amx
+// Whether there are tiles of bytes and the system lets this process use them, for which it wants to be asked: a thread's
+// state becomes 8 KB larger.
+static bool tiles_permitted() {
+  static const bool permitted = [] {
+    constexpr unsigned kTiles = 1u << 24, kTilesOfBytes = 1u << 25;  // CPUID leaf 7, edx
+    constexpr long kRequest = 0x1023,
+                   kTileData = 18;  // ARCH_REQ_XCOMP_PERM, and the number of that part of the state
+    unsigned eax, ebx, ecx, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTiles) != 0 &&
+           (edx & kTilesOfBytes) != 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return permitted;
+}
+#endif
 
 bool isa_available(Isa level) {
   switch (level) {
@@ -30,13 +52,17 @@ bool isa_available(Isa level) {
     case Isa::v4_bf16:
       return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
 #endif
+#ifdef TRACKSTAR_HAS_amx
+    case Isa::amx:
+      return isa_available(Isa::v4_vnni) && isa_available(Isa::v4_bf16) && tiles_permitted();
+#endif
     default:
       return false;
   }
 }
 
 static Isa best_isa() {
-  for (Isa level : {Isa::v4_bf16, Isa::v4_vnni, Isa::v4, Isa::v3_vnni, Isa::v3}) {
+  for (Isa level : {Isa::amx, Isa::v4_bf16, Isa::v4_vnni, Isa::v4, Isa::v3_vnni, Isa::v3}) {
     if (isa_available(level)) return level;
   }
   return Isa::baseline;

@@ -6,8 +6,9 @@
 
 namespace trackstar {
 
-// x86-64 levels v3 and v4, each also with VNNI (and VBMI for v4), and v4 with AVX512-BF16; the baseline of aarch64 has NEON.
-enum class Isa { baseline, v3, v3_vnni, v4, v4_vnni, v4_bf16 };
+// x86-64 levels v3 and v4, each also with VNNI (and VBMI for v4), v4 with AVX512-BF16, and v4 with all of these and AMX;
+// the baseline of aarch64 has NEON.
+enum class Isa { baseline, v3, v3_vnni, v4, v4_vnni, v4_bf16, amx };
 
 // The level in force.
 Isa isa();

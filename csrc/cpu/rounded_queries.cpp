@@ -7,12 +7,6 @@
 #include "cpu/round_up.h"
 
 namespace trackstar {
-namespace {
-
-// More queries are worth expanding rows for.
-constexpr size_t kMostFew = 2 * kMaxFewQueries;
-
-}  // namespace
 
 RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t d, const CodeKernels& code,
                                const CodedKernels& kernels, size_t exact_roundings)
@@ -20,19 +14,18 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
       d(d),
       padded(round_up(d, code.elements)),
       chunks((padded + kChunk - 1) / kChunk),
+      begin(kernels.begin),
+      end(kernels.end),
       bounds(Q),
       rests{Aligned<int8_t>(Q * L * padded), {}, std::vector<float>(Q * L), ScoreBounds(Q)} {
   const size_t lanes = kernels.lanes, bytes = 4 * lanes;
   const size_t pieces = (d + kMaxPiece - 1) / kMaxPiece;
   rests.starts.resize(Q * L * pieces * lanes);
-  if (Q <= kMostFew) {
-    for (size_t first = 0; first < Q; first += kMaxFewQueries) {
-      const size_t count = std::min<size_t>(kMaxFewQueries, Q - first);
-      few.push_back({first, count, Aligned<int8_t>(L * count * padded),
-                     std::vector<int32_t>(L * pieces * count * lanes), std::vector<float>(L * count)});
-    }
+  if (Q <= kMaxFewQueries) {
+    few = {Aligned<int8_t>(L * Q * padded), std::vector<int32_t>(L * pieces * Q * lanes),
+           std::vector<float>(L * Q)};
     width = Q;
-  } else {
+  } else {  // more are worth expanding rows for
     for (size_t first = 0; first < Q; first += panels.back().kernel->queries) {
       const CodedPanelKernel& kernel =
           Q - first <= static_cast<size_t>(kernels.narrow.queries) ? kernels.narrow : kernels.wide;
@@ -79,13 +72,11 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
       int8_t* rest_codes = rests.codes.data() + (q * L + b) * padded;
       order(plain, rest_codes);
       start(rest_codes, rests.starts.data() + (q * L + b) * pieces * lanes, lanes);
-      if (!few.empty()) {
-        Few& group = few[q / kMaxFewQueries];
-        const size_t at = b * group.count + q - group.first;
-        group.scales[at] = scale;
-        std::copy(ordered.begin(), ordered.end(), group.codes.begin() + static_cast<ptrdiff_t>(at * padded));
-        start(ordered.data(), group.starts.data() + (b * pieces * group.count + q - group.first) * lanes,
-              group.count * lanes);
+      if (panels.empty()) {
+        const size_t at = b * Q + q;
+        few.scales[at] = scale;
+        std::copy(ordered.begin(), ordered.end(), few.codes.begin() + static_cast<ptrdiff_t>(at * padded));
+        start(ordered.data(), few.starts.data() + (b * pieces * Q + q) * lanes, Q * lanes);
       } else {
         const auto after =
             std::upper_bound(panels.begin(), panels.end(), q,
@@ -109,11 +100,23 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
   }
 }
 
+RoundedQueries::Fetching RoundedQueries::fetch(const Rows& rows, size_t row, size_t count) const {
+  constexpr size_t kBytesAhead = 16 << 10;
+  Fetching fetching;
+  if (panels.front().kernel->fetches) {
+    fetching.multiplying.open(rows, row + count, count);
+  } else {
+    fetching.making.open(rows, row + 1 + kBytesAhead / (rows.L * block_bytes(rows.type, rows.d)), count);
+  }
+  return fetching;
+}
+
 void RoundedQueries::multiply(const Tile& tile, Ahead& ahead, Aligned<float>& scores) const {
   const size_t step = panels.front().kernel->rows;
   const size_t calls = L * chunks * panels.size() * ((tile.count + step - 1) / step);
   const size_t lines = (ahead.lines() + calls - 1) / calls;
   std::fill(scores.begin(), scores.end(), 0.0f);
+  begin();
   for (size_t b = 0; b < L; ++b) {
     for (size_t chunk = 0; chunk < chunks; ++chunk) {
       const size_t from = b * padded + chunk * kChunk, depth = std::min(kChunk, padded - chunk * kChunk);
@@ -129,6 +132,7 @@ void RoundedQueries::multiply(const Tile& tile, Ahead& ahead, Aligned<float>& sc
       }
     }
   }
+  end();
 }
 
 }  // namespace trackstar

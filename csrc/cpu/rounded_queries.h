@@ -19,8 +19,7 @@ struct RoundedQueries {
   static constexpr size_t kChunk = 512;  // elements of a block that a panel takes at once
 
   struct Few {
-    size_t first, count;
-    Aligned<int8_t> codes;
+    Aligned<int8_t> codes;  // see FewQueries
     std::vector<int32_t> starts;
     std::vector<float> scales;
   };
@@ -39,6 +38,11 @@ struct RoundedQueries {
     const float* scales;
     size_t rows, count;
   };
+  // What is fetched while rows row … row + count - 1 are made into bytes, row by row, and while these are multiplied.
+  struct Fetching {
+    Ahead making, multiplying;
+  };
+  Fetching fetch(const Rows& rows, size_t row, size_t count) const;
   // The tile's rough scores (count, width), by panels; meanwhile lines are fetched.
   void multiply(const Tile& tile, Ahead& ahead, Aligned<float>& scores) const;
 
@@ -62,8 +66,9 @@ struct RoundedQueries {
   size_t L, d;
   size_t padded;  // elements of a block
   size_t chunks;  // of a block
-  // Either few or panels.
-  std::vector<Few> few;
+  void (*begin)();
+  void (*end)();
+  Few few;  // if there are no panels
   std::vector<Panel> panels;
   size_t width;  // of a tile of scores, padding included
 

@@ -13,21 +13,10 @@
 namespace trackstar {
 namespace {
 
-constexpr size_t kTileBytes = 128 << 10;  // of rounded rows, at most
-constexpr size_t kTileRows = 48;
+constexpr size_t kTileBytes = 256 << 10;  // of rounded rows, at most
+constexpr size_t kTileRows = 64;
 
 constexpr size_t kNone = std::numeric_limits<size_t>::max();
-
-// As many as stay in the second-level cache: the floats of this tile and of the next one, its bytes, and the queries
-// if they leave room.
-size_t rows_of_tile(const RoundedQueries& rounded, const Rows& rows, size_t runs) {
-  const size_t cache = second_level_cache(), queries = rounded.width * runs * rounded.padded;
-  const size_t room = cache - (queries < cache / 2 ? queries : 0), bytes = runs * rounded.padded;
-  const size_t fit =
-      std::min(room / (2 * rows.L * block_bytes(rows.type, rows.d) + bytes), kTileBytes / bytes);
-  const size_t step = rounded.panels.front().kernel->rows;
-  return std::max(std::min(fit, kTileRows) / step * step, step);
-}
 
 // Roundings of a score that is computed.
 size_t roundings(size_t L, size_t d) { return kChunkDepth + 2 * L * (d / kChunkDepth + 1) + 2; }
@@ -75,13 +64,26 @@ void ByteQueries::lay_across(const float* given, size_t Q) {
   }
 }
 
+// As many as stay in the second-level cache: the floats of this tile and, where it is fetched meanwhile, of the next one,
+// its bytes, and the queries if they leave room.
+size_t ByteRows::rows_of_tile(const ByteQueries& queries, const Rows& rows) {
+  const RoundedQueries& rounded = queries.rounded;
+  const CodedPanelKernel& kernel = *rounded.panels.front().kernel;
+  const size_t bytes = rounded.L * rounded.padded, floats = rows.L * block_bytes(rows.type, rows.d);
+  const size_t cache = second_level_cache(), of_queries = rounded.width * bytes;
+  const size_t room = cache - (of_queries < cache / 2 ? of_queries : 0);
+  const size_t fit = std::min(room / ((kernel.fetches ? 2 : 1) * floats + bytes), kTileBytes / bytes);
+  const size_t step = kernel.rows;
+  return std::max(std::min(fit, kTileRows) / step * step, step);
+}
+
 ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
     : queries_(queries),
       rounded_(queries.rounded),
       rows_(rows),
       kernels_(coded_kernels()),
       runs_(rows.L * queries.runs),
-      tile_rows_(rows_of_tile(rounded_, rows, runs_)),
+      tile_rows_(rows_of_tile(queries, rows)),
       widen_(rows.type == RowType::float16    ? scoring_kernels().half.widen
              : rows.type == RowType::bfloat16 ? scoring_kernels().bfloat16.widen
                                               : nullptr),
@@ -99,14 +101,14 @@ ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
 void ByteRows::open(size_t row, size_t count) {
   row_ = row;
   widened_ = kNone;
-  ahead_.open(rows_, row + count, tile_rows_);
-  for (size_t r = 0; r < count; ++r) round(r);
-  // Meanwhile the next tile is fetched. (Rounding is reading already.)
-  rounded_.multiply({bytes_.data(), stride_, scales_.data(), tile_rows_, count}, ahead_, scores_);
+  auto [making, multiplying] = rounded_.fetch(rows_, row, count);
+  const size_t lines = (making.lines() + count - 1) / count;
+  for (size_t r = 0; r < count; ++r) round(r, making.take(lines));
+  rounded_.multiply({bytes_.data(), stride_, scales_.data(), tile_rows_, count}, multiplying, scores_);
 }
 
 // A row without bounds gets a norm of NaN, which rules out nothing.
-void ByteRows::round(size_t r) {
+void ByteRows::round(size_t r, const FetchLines& fetch) {
   const auto* row = reinterpret_cast<const float*>(row_at(rows_, row_ + r));
   if (widen_) {
     widen_(row, rows_.L * rows_.d, wide_.data());
@@ -114,7 +116,7 @@ void ByteRows::round(size_t r) {
   }
   const float* blocks = scales(r);
   double squares[2] = {};
-  kernels_.to_bytes(row, {runs_, queries_.size, rounded_.padded, queries_.runs}, blocks,
+  kernels_.to_bytes(row, {runs_, queries_.size, rounded_.padded, queries_.runs}, blocks, fetch,
                     bytes_.data() + r * stride_, scales_.data() + r, tile_rows_, squares);
   // What the sums of squares and the differences lost to rounding counts as well.
   const double norm = 1.001 * std::sqrt(squares[0]);

@@ -39,7 +39,7 @@ class ByteRows {
  public:
   ByteRows(const ByteQueries& queries, const Rows& rows);
 
-  // Rows of a tile.
+  static size_t rows_of_tile(const ByteQueries& queries, const Rows& rows);
   size_t tile_rows() const { return tile_rows_; }
 
   // Goes to the tile of rows row … row + count - 1.
@@ -53,7 +53,7 @@ class ByteRows {
   float score(size_t r, size_t query);
 
  private:
-  void round(size_t r);
+  void round(size_t r, const FetchLines& fetch);
   const float* scales(size_t r) const {
     return rows_.scales ? rows_.scales + (row_ + r) * rows_.L : ones_.data();
   }
@@ -73,7 +73,6 @@ class ByteRows {
   Aligned<float> wide_;    // a row, if it is not float32 as it is stored
   size_t widened_;         // which one
   std::vector<float> sums_, ones_;
-  Ahead ahead_;
 };
 
 }  // namespace trackstar

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/coded_kernel.h"
+#include "cpu/fetch.h"
 #include "cpu/integer_simd.h"
 #include "cpu/lane_sums.h"
 
@@ -65,11 +66,13 @@ float round(const float* values, size_t d, int8_t* codes, double* squares) {
   return scale;
 }
 
-void to_bytes(const float* values, const Runs& runs, const float* blocks, uint8_t* bytes, float* scales,
-              size_t stride, double* squares) {
+void to_bytes(const float* values, const Runs& runs, const float* blocks, const FetchLines& fetch,
+              uint8_t* bytes, float* scales, size_t stride, double* squares) {
   constexpr float kMagic = 0x1.8p23f + 128;  // of which whole numbers, plus 128, are the last bits
   constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
   constexpr size_t kTogether = 16;  // runs, whose sizes are found first: no run waits for its own
+  fetch_pages(fetch.from, fetch.lines * kLineBytes);
+  Spread ahead(fetch, runs.count * ((runs.size + kLanes - 1) / kLanes));
   for (size_t first = 0; first < runs.count; first += kTogether) {
     const size_t count = runs.count - first < kTogether ? runs.count - first : kTogether;
     float largest[kTogether];
@@ -90,6 +93,7 @@ void to_bytes(const float* values, const Runs& runs, const float* blocks, uint8_
       const Vec unit = splat(most == 0 ? 0.0f : 127 / most), size = splat(scale);
       Vec square_of_run = {}, lost_of_run = {};
       for_vectors(values, runs.size, [&](Vec value, size_t k) {
+        ahead.next();
         const Vec code = value * unit + splat(kMagic);
         const Vec rest = value - size * (code - splat(kMagic));
         square_of_run += value * value;

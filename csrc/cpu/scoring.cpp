@@ -15,6 +15,7 @@ namespace trackstar {
 const ScoringKernels& scoring_kernels() {
   switch (isa()) {
 #ifdef TRACKSTAR_HAS_v4
+    case Isa::amx:
     case Isa::v4_bf16:
     case Isa::v4_vnni:
     case Isa::v4:
@@ -74,8 +75,10 @@ class ScoreScan : public Scan {
   // `bytes` may be null.
   ScoreScan(const Matrix& queries, const ByteQueries* bytes, Experience& experience, const Rows& rows,
             const std::vector<TopK>& tops, SharedThresholds& shared)
-      : Scan(tops, rows.N, queries.width(), rows_of_tile(queries.block_rows(), queries.bytes()), shared),
-        reader_(rows, tile_rows()),
+      : Scan(tops, rows.N, queries.width(),
+             std::max(rows_of_tile(queries), bytes ? ByteRows::rows_of_tile(*bytes, rows) : 0), shared),
+        step_(rows_of_tile(queries)),
+        reader_(rows, step_),
         queries_(queries),
         bytes_(bytes ? std::make_unique<ByteRows>(*bytes, rows) : nullptr),
         experience_(experience),
@@ -83,13 +86,17 @@ class ScoreScan : public Scan {
         scores_of_row_(tops.size() * tops.front().Q) {}
 
  private:
+  static size_t rows_of_tile(const Matrix& queries) {
+    return trackstar::rows_of_tile(queries.block_rows(), queries.bytes());
+  }
+
   void look(size_t row, size_t count) override {
     if (bytes_ && settled() && experience_.promising(k_)) {
       for (size_t r = 0; r < count; r += bytes_->tile_rows()) {
         look_at_bytes(row + r, std::min(bytes_->tile_rows(), count - r));
       }
     } else {
-      Scan::look(row, count);
+      for (size_t r = 0; r < count; r += step_) Scan::look(row + r, std::min(step_, count - r));
       experience_.pass(count);
     }
   }
@@ -118,6 +125,7 @@ class ScoreScan : public Scan {
     } while (begin < panels);
   }
 
+  size_t step_;  // rows that are multiplied as floats at once
   RowReader reader_;
   const Matrix& queries_;
   std::unique_ptr<ByteRows> bytes_;

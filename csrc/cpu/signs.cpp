@@ -11,6 +11,7 @@ namespace trackstar {
 const TableKernels* table_kernels() {
   switch (isa()) {
 #ifdef TRACKSTAR_HAS_v4_vnni
+    case Isa::amx:
     case Isa::v4_bf16:
     case Isa::v4_vnni:
       if (isa_available(Isa::v4_vnni)) return &v4_vnni::table_kernels;
