@@ -177,8 +177,8 @@ void search_topk(const Sought& sought, const std::vector<TopK>& tops, int64_t* r
   const size_t Q = tops.front().Q;
   const size_t roundings = ExactScores::roundings(sought.exact);
   std::vector<std::unique_ptr<Search>> searches;
-  if (rows.type == RowType::sign && table_kernels()) {
-    const SignTables tables(sought.queries, Q, rows.L, rows.d, *table_kernels(), roundings);
+  if (const TableKernels* kernels = rows.type == RowType::sign ? table_kernels(Q) : nullptr) {
+    const SignTables tables(sought.queries, Q, rows.L, rows.d, *kernels, roundings);
     searches = make_scans(rows.N, threads, [&] { return sign_search(sought, tables, tops); });
     run_scans(searches, rows.N, tops);
   } else {

@@ -8,10 +8,12 @@
 
 namespace trackstar {
 
-const TableKernels* table_kernels() {
+const TableKernels* table_kernels([[maybe_unused]] size_t Q) {
   switch (isa()) {
 #ifdef TRACKSTAR_HAS_v4_vnni
     case Isa::amx:
+      // Tables take 3.6 ms for 4 queries (20,000 rows of 4,096), 12.9 for 32; products 6.1 and 9.7.
+      return Q <= 16 ? &v4_vnni::table_kernels : nullptr;
     case Isa::v4_bf16:
     case Isa::v4_vnni:
       if (isa_available(Isa::v4_vnni)) return &v4_vnni::table_kernels;

@@ -47,8 +47,8 @@ struct TableKernels {
   void (*run)(const TableRows& rows, const TableQueries& queries, const FetchLines& fetch, float* scores);
 };
 
-// Those of the level in force; null if it has none.
-const TableKernels* table_kernels();
+// Those of the level in force; null if it has none, or multiplies so many queries faster.
+const TableKernels* table_kernels(size_t Q);
 
 namespace v3 {
 extern const TableKernels table_kernels;
