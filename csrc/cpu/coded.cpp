@@ -62,9 +62,6 @@ double decoded_square(const Rows& rows, size_t n) {
 
 namespace {
 
-constexpr size_t kTileBytes = 256 << 10;  // of expanded rows, which stay in the second-level cache
-constexpr size_t kTileRows = 64;
-
 // Scores rows by products of whole numbers.
 class CodedSearch : public Filter {
  public:
@@ -73,7 +70,7 @@ class CodedSearch : public Filter {
         rounded_(rounded),
         code_(code_kernels(rows_.type)),
         block_bytes_(block_bytes(rows_.type, rows_.d)),
-        tile_rows_(rows_of_tile(rounded, rows_.L)),
+        tile_rows_(rounded.tile_rows(rows_.N)),
         scores_(tile_rows_ * rounded.width),
         upper_(rounded.width),
         which_(rounded.width),
@@ -100,13 +97,6 @@ class CodedSearch : public Filter {
   size_t tile_rows() const override { return tile_rows_; }
 
  private:
-  static size_t rows_of_tile(const RoundedQueries& rounded, size_t L) {
-    if (rounded.panels.empty()) return kTileRows;
-    const size_t step = rounded.panels.front().kernel->rows;
-    const size_t fit = kTileBytes / (L * rounded.padded) / step * step;
-    return std::max(std::min(fit, kTileRows / step * step), step);
-  }
-
   void score_few(size_t row, size_t count) {
     const RoundedQueries::Few& few = rounded_.few;
     const FewQueries queries{rows_.L, rows_.d, few.codes.data(), few.starts.data(), few.scales.data()};

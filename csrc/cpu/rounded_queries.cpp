@@ -100,6 +100,13 @@ RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t 
   }
 }
 
+size_t RoundedQueries::tile_rows(size_t fit) const {
+  constexpr size_t kTileBytes = 256 << 10, kTileRows = 64;
+  if (panels.empty()) return std::min(fit, kTileRows);
+  const size_t step = panels.front().kernel->rows;
+  return std::max(std::min({fit, kTileBytes / (L * padded), kTileRows}) / step * step, step);
+}
+
 RoundedQueries::Fetching RoundedQueries::fetch(const Rows& rows, size_t row, size_t count) const {
   constexpr size_t kBytesAhead = 16 << 10;
   Fetching fetching;

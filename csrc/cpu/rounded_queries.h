@@ -46,6 +46,9 @@ struct RoundedQueries {
   // The tile's rough scores (count, width), by panels; meanwhile lines are fetched.
   void multiply(const Tile& tile, Ahead& ahead, Aligned<float>& scores) const;
 
+  // Rows of a tile: whole steps of the kernels, at most `fit` and so few that their bytes stay in the second-level cache.
+  size_t tile_rows(size_t fit) const;
+
   // From one row of L · padded bytes to the next, so that rows side by side do not fall on the same lines of the first
   // cache.
   static size_t row_stride(size_t bytes) { return bytes / 64 % 2 ? bytes : bytes + 64; }

@@ -13,9 +13,6 @@
 namespace trackstar {
 namespace {
 
-constexpr size_t kTileBytes = 256 << 10;  // of rounded rows, at most
-constexpr size_t kTileRows = 64;
-
 constexpr size_t kNone = std::numeric_limits<size_t>::max();
 
 // Roundings of a score that is computed.
@@ -68,13 +65,11 @@ void ByteQueries::lay_across(const float* given, size_t Q) {
 // its bytes, and the queries if they leave room.
 size_t ByteRows::rows_of_tile(const ByteQueries& queries, const Rows& rows) {
   const RoundedQueries& rounded = queries.rounded;
-  const CodedPanelKernel& kernel = *rounded.panels.front().kernel;
+  const size_t tiles = rounded.panels.front().kernel->fetches ? 2 : 1;
   const size_t bytes = rounded.L * rounded.padded, floats = rows.L * block_bytes(rows.type, rows.d);
   const size_t cache = second_level_cache(), of_queries = rounded.width * bytes;
   const size_t room = cache - (of_queries < cache / 2 ? of_queries : 0);
-  const size_t fit = std::min(room / ((kernel.fetches ? 2 : 1) * floats + bytes), kTileBytes / bytes);
-  const size_t step = kernel.rows;
-  return std::max(std::min(fit, kTileRows) / step * step, step);
+  return rounded.tile_rows(room / (tiles * floats + bytes));
 }
 
 ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
