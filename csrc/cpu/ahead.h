@@ -27,8 +27,8 @@ class Ahead {
     lines_ = pieces_ * piece_lines_;
   }
 
-  // How many there were at first.
-  size_t lines() const { return lines_; }
+  // How many there were at first, for each of so many calls.
+  size_t share(size_t calls) const { return (lines_ + calls - 1) / calls; }
 
   // The next lines, at most as many.
   FetchLines take(size_t lines) {

@@ -110,7 +110,7 @@ class CodedSearch : public Filter {
   void score_panels(size_t row, size_t count) {
     const size_t stride = RoundedQueries::row_stride(rows_.L * rounded_.padded);
     auto [making, multiplying] = rounded_.fetch(rows_, row, count);
-    const size_t lines = (making.lines() + count - 1) / count;
+    const size_t lines = making.share(count);
     for (size_t r = 0; r < count; ++r) {
       const float* scale = scales(row + r);
       squares_[r] = code_.expand(row_at(rows_, row + r), block_bytes_, scale, rows_.L, rows_.d,

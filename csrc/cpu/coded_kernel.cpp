@@ -181,6 +181,10 @@ void widen_codes(const uint8_t* codes, size_t d, float* out) {
 
 // ---- Many queries: vectors along the queries, over rows expanded to bytes ---------------------------------
 
+inline void add_scaled(Sums sum, float scale, const float* query_scales, float* scores) {
+  store(scores, load(scores) + to_floats(sum) * (scale * load(query_scales)));
+}
+
 #if defined(__AMX_INT8__)
 // In tiles of 16 rows × 64 bytes, two of which are multiplied at once.
 
@@ -232,9 +236,8 @@ __attribute__((noinline)) void tile_panel(const uint8_t* rows, size_t row_stride
   for (int r = 0; r < 2 * kTileRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kQueryTiles; ++v) {
-      float* score = scores + r * score_stride + v * kLanes;
-      const Sums sum = load_sums(sums[v][r]) + load_sums(starts + v * kLanes);
-      store(score, load(score) + to_floats(sum) * (scale[r] * load(query_scales + v * kLanes)));
+      add_scaled(load_sums(sums[v][r]) + load_sums(starts + v * kLanes), scale[r], query_scales + v * kLanes,
+                 scores + r * score_stride + v * kLanes);
     }
   }
 }
@@ -284,8 +287,7 @@ __attribute__((noinline)) void panel(const uint8_t* rows, size_t row_stride, con
   for (int r = 0; r < kPanelRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
-      float* score = scores + r * score_stride + v * kLanes;
-      store(score, load(score) + to_floats(sum[r][v]) * (scale[r] * load(query_scales + v * kLanes)));
+      add_scaled(sum[r][v], scale[r], query_scales + v * kLanes, scores + r * score_stride + v * kLanes);
     }
   }
 }

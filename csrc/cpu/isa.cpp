@@ -17,8 +17,8 @@ namespace trackstar {
 static bool tiles_permitted() {
   static const bool permitted = [] {
     constexpr unsigned kTiles = 1u << 24, kTilesOfBytes = 1u << 25;  // CPUID leaf 7, edx
-    constexpr long kRequest = 0x1023,
-                   kTileData = 18;  // ARCH_REQ_XCOMP_PERM, and the number of that part of the state
+    constexpr long kRequest = 0x1023;                                // ARCH_REQ_XCOMP_PERM
+    constexpr long kTileData = 18;                                   // that part of the state
     unsigned eax, ebx, ecx, edx = 0;
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTiles) != 0 &&
            (edx & kTilesOfBytes) != 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;

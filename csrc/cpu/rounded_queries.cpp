@@ -10,12 +10,11 @@ namespace trackstar {
 
 RoundedQueries::RoundedQueries(const float* queries, size_t Q, size_t L, size_t d, const CodeKernels& code,
                                const CodedKernels& kernels, size_t exact_roundings)
-    : L(L),
+    : kernels(kernels),
+      L(L),
       d(d),
       padded(round_up(d, code.elements)),
       chunks((padded + kChunk - 1) / kChunk),
-      begin(kernels.begin),
-      end(kernels.end),
       bounds(Q),
       rests{Aligned<int8_t>(Q * L * padded), {}, std::vector<float>(Q * L), ScoreBounds(Q)} {
   const size_t lanes = kernels.lanes, bytes = 4 * lanes;
@@ -121,9 +120,9 @@ RoundedQueries::Fetching RoundedQueries::fetch(const Rows& rows, size_t row, siz
 void RoundedQueries::multiply(const Tile& tile, Ahead& ahead, Aligned<float>& scores) const {
   const size_t step = panels.front().kernel->rows;
   const size_t calls = L * chunks * panels.size() * ((tile.count + step - 1) / step);
-  const size_t lines = (ahead.lines() + calls - 1) / calls;
+  const size_t lines = ahead.share(calls);
   std::fill(scores.begin(), scores.end(), 0.0f);
-  begin();
+  kernels.begin();
   for (size_t b = 0; b < L; ++b) {
     for (size_t chunk = 0; chunk < chunks; ++chunk) {
       const size_t from = b * padded + chunk * kChunk, depth = std::min(kChunk, padded - chunk * kChunk);
@@ -139,7 +138,7 @@ void RoundedQueries::multiply(const Tile& tile, Ahead& ahead, Aligned<float>& sc
       }
     }
   }
-  end();
+  kernels.end();
 }
 
 }  // namespace trackstar

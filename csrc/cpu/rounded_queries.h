@@ -66,12 +66,11 @@ struct RoundedQueries {
             rests.scales.data() + q * L};
   }
 
+  const CodedKernels& kernels;
   size_t L, d;
   size_t padded;  // elements of a block
   size_t chunks;  // of a block
-  void (*begin)();
-  void (*end)();
-  Few few;  // if there are no panels
+  Few few;        // if there are no panels
   std::vector<Panel> panels;
   size_t width;  // of a tile of scores, padding included
 

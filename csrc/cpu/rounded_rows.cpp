@@ -18,6 +18,17 @@ constexpr size_t kNone = std::numeric_limits<size_t>::max();
 // Roundings of a score that is computed.
 size_t roundings(size_t L, size_t d) { return kChunkDepth + 2 * L * (d / kChunkDepth + 1) + 2; }
 
+// As many as stay in the second-level cache: the floats of this tile and, where it is fetched meanwhile, of the next one,
+// its bytes, and the queries if they leave room.
+size_t rows_of_tile(const ByteQueries& queries, const Rows& rows) {
+  const RoundedQueries& rounded = queries.rounded;
+  const size_t tiles = rounded.panels.front().kernel->fetches ? 2 : 1;
+  const size_t bytes = rounded.L * rounded.padded, floats = rows.L * block_bytes(rows.type, rows.d);
+  const size_t cache = second_level_cache(), of_queries = rounded.width * bytes;
+  const size_t room = cache - (of_queries < cache / 2 ? of_queries : 0);
+  return rounded.tile_rows(room / (tiles * floats + bytes));
+}
+
 }  // namespace
 
 bool ByteQueries::fits(size_t Q, size_t d) {
@@ -61,17 +72,6 @@ void ByteQueries::lay_across(const float* given, size_t Q) {
   }
 }
 
-// As many as stay in the second-level cache: the floats of this tile and, where it is fetched meanwhile, of the next one,
-// its bytes, and the queries if they leave room.
-size_t ByteRows::rows_of_tile(const ByteQueries& queries, const Rows& rows) {
-  const RoundedQueries& rounded = queries.rounded;
-  const size_t tiles = rounded.panels.front().kernel->fetches ? 2 : 1;
-  const size_t bytes = rounded.L * rounded.padded, floats = rows.L * block_bytes(rows.type, rows.d);
-  const size_t cache = second_level_cache(), of_queries = rounded.width * bytes;
-  const size_t room = cache - (of_queries < cache / 2 ? of_queries : 0);
-  return rounded.tile_rows(room / (tiles * floats + bytes));
-}
-
 ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
     : queries_(queries),
       rounded_(queries.rounded),
@@ -97,7 +97,7 @@ void ByteRows::open(size_t row, size_t count) {
   row_ = row;
   widened_ = kNone;
   auto [making, multiplying] = rounded_.fetch(rows_, row, count);
-  const size_t lines = (making.lines() + count - 1) / count;
+  const size_t lines = making.share(count);
   for (size_t r = 0; r < count; ++r) round(r, making.take(lines));
   rounded_.multiply({bytes_.data(), stride_, scales_.data(), tile_rows_, count}, multiplying, scores_);
 }

@@ -39,7 +39,7 @@ class ByteRows {
  public:
   ByteRows(const ByteQueries& queries, const Rows& rows);
 
-  static size_t rows_of_tile(const ByteQueries& queries, const Rows& rows);
+  // Rows of a tile.
   size_t tile_rows() const { return tile_rows_; }
 
   // Goes to the tile of rows row … row + count - 1.

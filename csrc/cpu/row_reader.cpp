@@ -55,7 +55,7 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
   // The next tile is fetched meanwhile, a part with every call.
   const size_t calls = rows_.L * ((rows_.d + kChunkDepth - 1) / kChunkDepth) * (end - begin) *
                        ((count_ + block_rows - 1) / block_rows);
-  const size_t lines = (ahead_.lines() + calls - 1) / calls;
+  const size_t lines = ahead_.share(calls);
   for (size_t i = 0; i < rows_.d; i += kChunkDepth) {
     const size_t depth = std::min(kChunkDepth, rows_.d - i);
     const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i);
@@ -94,7 +94,7 @@ void RowReader::multiply_few(size_t b, size_t count, const Matrix& matrix, size_
   const size_t block_rows = kernel.rows;
   const size_t calls =
       rows_.L / count * ((rows_.d + max_depth - 1) / max_depth) * ((count_ + block_rows - 1) / block_rows);
-  const size_t lines = (ahead_.lines() + calls - 1) / calls;
+  const size_t lines = ahead_.share(calls);
   for (size_t first = 0; first < count_; first += block_rows) {
     for (size_t i = 0; i < rows_.d; i += max_depth) {
       const size_t depth = std::min(max_depth, rows_.d - i);

@@ -6,6 +6,7 @@
 #include "cpu/coded.h"
 #include "cpu/isa.h"
 #include "cpu/matrix.h"
+#include "cpu/round_up.h"
 #include "cpu/rounded_rows.h"
 #include "cpu/row_reader.h"
 #include "cpu/scan.h"
@@ -75,20 +76,21 @@ class ScoreScan : public Scan {
   // `bytes` may be null.
   ScoreScan(const Matrix& queries, const ByteQueries* bytes, Experience& experience, const Rows& rows,
             const std::vector<TopK>& tops, SharedThresholds& shared)
-      : Scan(tops, rows.N, queries.width(),
-             std::max(rows_of_tile(queries), bytes ? ByteRows::rows_of_tile(*bytes, rows) : 0), shared),
-        step_(rows_of_tile(queries)),
-        reader_(rows, step_),
+      : ScoreScan(queries, bytes ? std::make_unique<ByteRows>(*bytes, rows) : nullptr, experience, rows, tops,
+                  shared, rows_of_tile(queries.block_rows(), queries.bytes())) {}
+
+ private:
+  // Multiplies `step` rows as floats at once; tiles are whole ones of bytes.
+  ScoreScan(const Matrix& queries, std::unique_ptr<ByteRows> bytes, Experience& experience, const Rows& rows,
+            const std::vector<TopK>& tops, SharedThresholds& shared, size_t step)
+      : Scan(tops, rows.N, queries.width(), bytes ? round_up(step, bytes->tile_rows()) : step, shared),
+        step_(step),
+        reader_(rows, step),
         queries_(queries),
-        bytes_(bytes ? std::make_unique<ByteRows>(*bytes, rows) : nullptr),
+        bytes_(std::move(bytes)),
         experience_(experience),
         k_(tops.front().k),
         scores_of_row_(tops.size() * tops.front().Q) {}
-
- private:
-  static size_t rows_of_tile(const Matrix& queries) {
-    return trackstar::rows_of_tile(queries.block_rows(), queries.bytes());
-  }
 
   void look(size_t row, size_t count) override {
     if (bytes_ && settled() && experience_.promising(k_)) {
@@ -125,7 +127,7 @@ class ScoreScan : public Scan {
     } while (begin < panels);
   }
 
-  size_t step_;  // rows that are multiplied as floats at once
+  size_t step_;
   RowReader reader_;
   const Matrix& queries_;
   std::unique_ptr<ByteRows> bytes_;

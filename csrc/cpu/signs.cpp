@@ -117,7 +117,7 @@ class SignSearch : public Filter {
     std::fill(scores_.begin(), scores_.end(), 0.0f);
     Ahead ahead;
     ahead.open(rows_, row + kTableRows, kTableRows);
-    const size_t lines = (ahead.lines() + tables_.pieces.size() - 1) / tables_.pieces.size();
+    const size_t lines = ahead.share(tables_.pieces.size());
     for (size_t p = 0; p < tables_.pieces.size(); ++p) {
       const SignTables::Piece& piece = tables_.pieces[p];
       tables_.kernels.run(

@@ -352,11 +352,12 @@ def fit_scan(
     if isinstance(memory, bool) or not isinstance(memory, int):
         raise ValueError(f"memory must be a number of bytes, got {memory!r}")
     L, d, threads = layout.blocks, layout.size, torch.get_num_threads()
-    # What csrc/scoring.h works with: tiles of 48 rows, and for each thread and query a reservoir of at most 2k + 64
-    # candidates of 16 bytes, or, where bounds rule rows out, k and 2k + 128 that wait. Merging takes copies of some 3k.
+    # What csrc/scoring.h works with: a tile of rows as bytes, scores of at most 64 rows from bytes and of fewer than 96
+    # from floats, and for each thread and query a reservoir of at most 2k + 64 candidates of 16 bytes, or, where bounds
+    # rule rows out, k and 2k + 128 that wait. Merging takes copies of some 3k.
     reservoir = 16 * (3 * k + 128 if layout.narrow else 2 * k + 64)
-    per_query = 192 * threads + directions * (threads * reservoir + 220 * k)
-    fixed = SLACK + 192 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
+    per_query = 640 * threads + directions * (threads * reservoir + 220 * k)
+    fixed = SLACK + 640 * 64 * threads + threads * threads * reservoir + 12 * k * queries * directions
     per_row = 0
     known = queries + task
     # Bounds of narrow rows are those of a task, whatever λ.
@@ -368,6 +369,8 @@ def fit_scan(
     if not mixed:
         per_query += 21 * L * d
         per_row += 4 * L
+    if layout.narrow or not mixed:
+        fixed += max(2**18, 32 * L * d) * threads
     if layout.narrow:
         fixed += BOUNDS
     if layout.dtype == "sign":
