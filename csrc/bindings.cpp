@@ -173,8 +173,8 @@ void check_tops(const std::vector<TopK>& tops, const Rows& rows) {
   }
 }
 
-bool is_float(const Rows& rows) {
-  return rows.type == RowType::float32 || rows.type == RowType::float16 || rows.type == RowType::bfloat16;
+bool is_float(RowType type) {
+  return type == RowType::float32 || type == RowType::float16 || type == RowType::bfloat16;
 }
 
 void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
@@ -186,13 +186,15 @@ void score_topk_at(std::uintptr_t queries, const Rows& rows, const std::vector<T
 // Queries, and what shape they have.
 class CheckedQueries {
  public:
-  CheckedQueries(std::uintptr_t values, std::int64_t Q, std::int64_t L, std::int64_t d)
+  CheckedQueries(std::uintptr_t values, std::int64_t Q, std::int64_t L, std::int64_t d,
+                 const std::string& type)
       : shape_(checked(Q, L, d)),
-        queries_(array<const float>("values", values), shape_[0], shape_[1], shape_[2]) {}
+        type_(checked(type)),
+        queries_(array<const float>("values", values), shape_[0], shape_[1], shape_[2], type_) {}
 
   // The queries, if such rows are what they can score.
   const Queries& of(const Rows& rows) const {
-    require(is_float(rows), "rows must be float32, float16 or bfloat16");
+    require(rows.type == type_, "rows must be of the type that the queries are for");
     require(rows.L == shape_[1] && rows.d == shape_[2], "rows must have the queries' L and d");
     return queries_;
   }
@@ -204,7 +206,14 @@ class CheckedQueries {
     return {static_cast<size_t>(Q), static_cast<size_t>(L), static_cast<size_t>(d)};
   }
 
+  static RowType checked(const std::string& type) {
+    const RowType found = row_type_of(type);
+    require(is_float(found), "type must be float32, float16 or bfloat16, got '" + type + "'");
+    return found;
+  }
+
   std::array<size_t, 3> shape_;
+  RowType type_;
   Queries queries_;
 };
 
@@ -234,7 +243,7 @@ void rescored_topk_at(std::uintptr_t queries, const Rows& codes, const Rows& wid
                       int threads) {
   check_threads(threads);
   check_tops(tops, codes);
-  require(!is_float(codes), "codes must be int8, int4 or sign");
+  require(!is_float(codes.type), "codes must be int8, int4 or sign");
   require(wider.type == RowType::float32 || wider.type == RowType::float16,
           "wider must be float32 or float16");
   require(wider.N == codes.N && wider.L * wider.d == codes.L * codes.d,
@@ -304,7 +313,7 @@ void mixed_topk_at(const CheckedTask& task, std::uintptr_t squared_norms, const 
 void mixed_parts_at(const CheckedTask& task, const Rows& rows, std::uintptr_t numerators,
                     std::uintptr_t squares, std::uintptr_t inner, int threads) {
   check_threads(threads);
-  require(!is_float(rows), "rows must be int8, int4 or sign");
+  require(!is_float(rows.type), "rows must be int8, int4 or sign");
   mixed_parts(task.of(rows), rows,
               {array<float>("numerators", numerators), array<double>("squares", squares),
                array<double>("inner", inner)},
@@ -394,8 +403,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("score_topk", &score_topk_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "See csrc/scoring.h.");
   py::class_<CheckedQueries>(m, "Queries", "Queries for many scans, by address: see csrc/scoring.h.")
-      .def(py::init<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>(), py::arg("values"),
-           py::arg("Q"), py::arg("L"), py::arg("d"));
+      .def(py::init<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, const std::string&>(),
+           py::arg("values"), py::arg("Q"), py::arg("L"), py::arg("d"), py::arg("type"));
   m.def("score_queries", &score_queries_at, py::arg("queries"), py::arg("rows"), py::arg("tops"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "score_topk: see csrc/scoring.h.");
   py::class_<Found>(m, "Found", "What a scan found, by address: see csrc/scoring.h.")

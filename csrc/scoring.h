@@ -50,17 +50,18 @@ void merge_topk(const std::vector<Found>& parts, const TopK& top);
 // that never cross a block, each summed from zero, then scaled and added one after another. With more than
 // eight queries a chunk is 256 numbers, of which those at even and at odd places are summed in order and then
 // added (on vectors of four floats: all of them in order); with up to eight it is 256 vectors, whose lanes are
-// added last, in pairs. So within each of the two cases a score has the same bits whatever the other queries and
-// rows, their number, and `threads`. Many queries take float rows rounded to bytes first, and compute only those
+// added last, in pairs; with one, its vectors are added to four sums in turn. On Zen 5 the first is also for two to eight
+// queries and float32 rows. So within each of the three cases a score has the same bits whatever the other queries
+// and rows, their number, and `threads`. Many queries take float rows rounded to bytes first, and compute only those
 // scores that may be among the best, as long as those are few. Scores with int8, int4 and sign rows always have the
-// bits of the second case.
+// bits of a single query.
 void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
 
-// Queries (Q, L, d), dense, in the layouts of the kernels: made once, for any number of scans of rows that are not
-// narrow.
+// Queries (Q, L, d), dense, in the layouts of the kernels: made once, for any number of scans of rows of one type that
+// is not narrow.
 class Queries {
  public:
-  Queries(const float* values, size_t Q, size_t L, size_t d);
+  Queries(const float* values, size_t Q, size_t L, size_t d, RowType type);
   ~Queries();
 
  private:
@@ -70,7 +71,7 @@ class Queries {
   std::unique_ptr<Layout> layout_;
 };
 
-// score_topk of float32, float16 and bfloat16 rows, with the same bits.
+// score_topk of rows of the queries' type, with the same bits.
 void score_topk(const Queries& queries, const Rows& rows, const std::vector<TopK>& tops, int threads);
 
 // score_topk of the float32 or float16 rows `wider`, found through their narrow codes, which encode_rows made of

@@ -12,7 +12,7 @@ HERE = NUMBERS.data_ptr()
 OFFSETS = torch.tensor([0, 2, 3])
 ROWS = {"values": HERE, "type": "float32", "stride": 8, "scales": 0, "N": 5, "L": 2, "d": 4}
 TOP = {"Q": 3, "k": 2, "largest": True, "scores": HERE, "positions": HERE, "reached": 0}
-QUERIES = {"values": HERE, "Q": 3, "L": 2, "d": 4}
+QUERIES = {"values": HERE, "Q": 3, "L": 2, "d": 4, "type": "float32"}
 TASK = {"Q": 3, "L": 2, "d": 4, "rank": 3, "base": 1.0, "sign": -0.5, "trusted": 0.0}
 GRADIENTS = {"batch": 2, "in_features": 4, "out_features": 3, "rank": 1, "q": 2, "p": 2, "element": "float32"}
 GRADIENTS |= {"activations": HERE, "output_grads": HERE, "offsets": OFFSETS.data_ptr(), "left": HERE}
@@ -94,7 +94,11 @@ MISTAKES = [
     (_C.score_topk, SCORED, "queries", 0),
     *((_C.Queries, QUERIES, name, value) for name in ("Q", "L", "d") for value in (0, -1, 2**47, 2**62)),
     (_C.Queries, QUERIES, "values", 0),
-    *((_C.score_queries, PACKED, "rows", other) for other in (codes(), rows(d=3), rows(L=1))),
+    *((_C.Queries, QUERIES, "type", value) for value in ("float64", "int8", "", 3)),
+    *(
+        (_C.score_queries, PACKED, "rows", other)
+        for other in (codes(), rows(type="float16"), rows(d=3), rows(L=1))
+    ),
     (_C.score_queries, PACKED, "tops", [top(Q=2)]),
     *((_C.rescored_topk, RESCORED, name, 0) for name in ("queries", "squared_norms", "rescored")),
     (_C.rescored_topk, RESCORED, "codes", rows()),

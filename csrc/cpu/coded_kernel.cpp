@@ -152,18 +152,25 @@ inline Vec add_exact(Vec sum, const uint8_t* codes, size_t i, Vec values) {
 template <typename Codes>
 __attribute__((noinline)) void exact(const uint8_t* const* codes, const float* query, size_t d,
                                      const float* scale, float* scores) {
-  Vec sum[kExactRows] = {};
-  size_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) {
-    const Vec values = load(query + i);
+  const size_t whole = d / kLanes * kLanes;
+  Vec turns[kExactRows][kTurns];
+  for (size_t t = 0; t < kTurns; ++t) {
+    Vec sum[kExactRows] = {};
+    for (size_t i = t * kLanes; i < whole; i += kTurns * kLanes) {
+      const Vec values = load(query + i);
 #pragma GCC unroll 8
-    for (int r = 0; r < kExactRows; ++r) sum[r] = add_exact<Codes>(sum[r], codes[r], i, values);
+      for (int r = 0; r < kExactRows; ++r) sum[r] = add_exact<Codes>(sum[r], codes[r], i, values);
+    }
+    for (int r = 0; r < kExactRows; ++r) turns[r][t] = sum[r];
   }
-  if (i < d) {
+  if (whole < d) {
     float values[kLanes] = {};
-    for (size_t j = 0; i + j < d; ++j) values[j] = query[i + j];
-    for (int r = 0; r < kExactRows; ++r) sum[r] += last_floats<Codes>(codes[r], i, d) * load(values);
+    for (size_t j = 0; whole + j < d; ++j) values[j] = query[whole + j];
+    const size_t t = whole / kLanes % kTurns;
+    for (int r = 0; r < kExactRows; ++r) turns[r][t] += last_floats<Codes>(codes[r], whole, d) * load(values);
   }
+  Vec sum[kExactRows];
+  for (int r = 0; r < kExactRows; ++r) sum[r] = add_turns(turns[r]);
   float sums[kExactRows];
   sum_lanes<kExactRows>(sum, sums);
   for (int r = 0; r < kExactRows; ++r) scores[r] += scale[r] * sums[r];

@@ -16,6 +16,14 @@ inline void fetch_pages(const void* from, size_t bytes) {
   for (size_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(later + i);
 }
 
+// Before `bytes` at `from` are read, where all that follows is read as well: what lies a little further on, into the
+// first-level cache (Zen 5: one query on float32 and float16 rows in 0.9 of the time that whole rows ahead take).
+inline void fetch_stream(const void* from, size_t bytes) {
+  constexpr size_t kStreamAhead = 8 << 10;
+  const char* later = static_cast<const char*>(from) + kStreamAhead;
+  for (size_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(later + i);
+}
+
 // Where codes are read one after another. It pays with 256-bit vectors, which take long enough for each line (Zen 3: one
 // query on int8 rows in 0.86 of the time); with longer ones nothing was measured.
 inline void fetch_ahead([[maybe_unused]] const void* from) {

@@ -3,8 +3,10 @@
 #include <atomic>
 #include <initializer_list>
 
-#ifdef TRACKSTAR_HAS_amx
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#ifdef TRACKSTAR_HAS_amx
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -71,6 +73,20 @@ static Isa best_isa() {
 static std::atomic<Isa>& current() {
   static std::atomic<Isa> level{best_isa()};
   return level;
+}
+
+bool is_zen5() {
+#if defined(__x86_64__)
+  static const bool found = [] {
+    unsigned eax = 0, ebx, ecx, edx;
+    const bool known = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && __builtin_cpu_is("amd");
+    const unsigned family = (eax >> 8 & 0xF) + (eax >> 20 & 0xFF);
+    return known && family == 0x1A;
+  }();
+  return found;
+#else
+  return false;
+#endif
 }
 
 Isa isa() { return current().load(std::memory_order_relaxed); }

@@ -22,6 +22,12 @@ inline Vec fold(Vec a, Vec b) {
   return __builtin_shufflevector(a, b, TRACKSTAR_EVEN) + __builtin_shufflevector(a, b, TRACKSTAR_ODD);
 }
 
+// One query's products with a row are added vector by vector to so many sums in turn, for additions not to wait for one
+// another.
+constexpr int kTurns = 4;
+
+inline Vec add_turns(const Vec* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+
 // Each vector's sum over its lanes, in neighbouring pairs, pairs of pairs, and so on.
 template <int kCount>
 inline void sum_lanes(const Vec* vectors, float* sums) {

@@ -7,8 +7,9 @@
 
 namespace trackstar {
 
-Matrix::Matrix(size_t count, size_t L, size_t d) : Matrix(count, L, d, round_up(d, scoring_kernels().group)) {
-  if (count > kMaxDotQueries) return;
+Matrix::Matrix(Layout layout, size_t count, size_t L, size_t d)
+    : Matrix(count, L, d, round_up(d, scoring_kernels().group)) {
+  if (layout == Layout::panels) return;
   spacing_ = d;
   panels_.clear();
   interleaved_.resize(L * d * count);

@@ -12,8 +12,10 @@ namespace trackstar {
 // `count` vectors (L, d): interleaved, as the dot kernels take a few, or in panels.
 class Matrix {
  public:
-  // Whichever suits their number.
-  Matrix(size_t count, size_t L, size_t d);
+  enum class Layout { interleaved, panels };
+
+  // Interleaved only if there are at most kMaxDotQueries.
+  Matrix(Layout layout, size_t count, size_t L, size_t d);
   // In panels, with blocks `spacing` apart, at least d; what is between is zeros.
   Matrix(size_t count, size_t L, size_t d, size_t spacing);
 

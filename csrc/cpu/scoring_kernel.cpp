@@ -21,10 +21,55 @@ constexpr int kDotSums = 8;
 constexpr int kGroup = 1;
 #endif
 
-// ---- Few queries: vectors along the row, so that one query reads rows at the speed of memory --------------
+// ---- One query: row after row, at the speed of memory -----------------------------------------------------
 
-// Enough for additions not to wait for one another, and few, as memory likes rows one by one.
-constexpr int dot_rows(int queries) { return queries == 1 ? 1 : 3; }
+template <typename T>
+struct DotOne {
+  static constexpr size_t kStep = kTurns * kLineBytes / sizeof(T);
+
+  static __attribute__((noinline)) void run(const void* const* rows, const FetchLines& fetch,
+                                            const float* query, const Blocks& blocks,
+                                            const float* const* scales, float* scores, size_t) {
+    const T* row = static_cast<const T*>(rows[0]);
+    for (size_t b = 0; b < blocks.count; ++b, row += blocks.stride, query += blocks.depth) {
+      const Vec sum = block(row, query, blocks.depth, fetch.lines > 0);
+      float total;
+      sum_lanes<1>(&sum, &total);
+      scores[0] += scales[0][b] * total;
+    }
+  }
+
+  static inline Vec block(const T* row, const float* query, size_t depth, bool fetch) {
+    Vec sum[kTurns] = {};
+    size_t k = 0;
+    for (const size_t steps = depth / kStep * kStep; k < steps; k += kStep) {
+      if (fetch) fetch_stream(row + k, kStep * sizeof(T));
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kStep / kLanes; ++i) {
+        sum[i % kTurns] += load(row + k + i * kLanes) * load(query + k + i * kLanes);
+      }
+    }
+    if (k == depth) return add_turns(sum);
+    Vec late[kTurns];  // not in registers, as its places are chosen at run time
+    for (int i = 0; i < kTurns; ++i) late[i] = sum[i];
+    for (int i = 0; k < depth; ++i, k += kLanes) {
+      // The last numbers are padded with zeros to a vector.
+      T row_tail[kLanes] = {};
+      float query_tail[kLanes] = {};
+      for (size_t j = 0; j < kLanes && k + j < depth; ++j) {
+        row_tail[j] = row[k + j];
+        query_tail[j] = query[k + j];
+      }
+      late[i % kTurns] += load(row_tail) * load(query_tail);
+    }
+    return add_turns(late);
+  }
+};
+
+// ---- Few queries: vectors along the row -------------------------------------------------------------------
+
+// At once: enough for additions not to wait for one another, and few, as memory likes rows one by one.
+constexpr int kDotRows = 3;
 
 // Adds the products of one vector of each row with one of each of kCount queries.
 template <int kCount, int kRows, typename T>
@@ -48,7 +93,7 @@ constexpr int dot_part(int queries, int rows) {
 
 template <int kQueries, int kRows, typename T>
 struct Dot {
-  static constexpr size_t kStep = (kRows * kQueries == 1 ? 4 : 1) * kLineBytes / sizeof(T);
+  static constexpr size_t kStep = kLineBytes / sizeof(T);
   static constexpr int kPart = dot_part(kQueries, kRows), kParts = (kQueries + kPart - 1) / kPart;
 
   static __attribute__((noinline)) void run(const void* const* rows, const FetchLines& fetch,
@@ -348,7 +393,11 @@ size_t outside(const float* scores, const float* above, const float* below, size
 
 template <int kQueries, typename T>
 constexpr DotKernel dot_kernel() {
-  return {dot_rows(kQueries), Dot<kQueries, dot_rows(kQueries), T>::run};
+  if constexpr (kQueries == 1) {
+    return {1, DotOne<T>::run};
+  } else {
+    return {kDotRows, Dot<kQueries, kDotRows, T>::run};
+  }
 }
 
 template <typename T>

@@ -22,7 +22,8 @@ struct Blocks {
 };
 
 // Few queries, rows as they are stored, one or several of their blocks with a scale each. Queries are interleaved by
-// vectors of `lanes` numbers of a block: the first vector of each, the second of each, …, and what is left of each.
+// vectors of `lanes` numbers of a block: the first vector of each, the second of each, …, and what is left of each. With
+// one query, where there is something to fetch it is taken to lie behind the row.
 struct DotKernel {
   int rows;
   void (*run)(const void* const* rows, const FetchLines& fetch, const float* queries, const Blocks& blocks,

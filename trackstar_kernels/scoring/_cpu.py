@@ -63,7 +63,7 @@ class _PackedScores:
     """:func:`_score_ends` of queries that are always the same: for rows that are not narrow they are laid out once."""
 
     def __init__(self) -> None:
-        self._packed: dict[int, tuple[torch.Tensor, _C.Queries]] = {}
+        self._packed: dict[tuple[int, torch.dtype], tuple[torch.Tensor, _C.Queries]] = {}
 
     def __call__(
         self,
@@ -75,15 +75,16 @@ class _PackedScores:
         start: int,
         reached: Reached,
     ) -> list[Found]:
-        packed = None if rows.dtype in NARROW else self._pack(queries.contiguous())
+        packed = None if rows.dtype in NARROW else self._pack(queries.contiguous(), rows.dtype)
         return _score_ends(queries, rows, k, scales, ends, start, reached, packed)
 
-    def _pack(self, queries: torch.Tensor) -> _C.Queries:
-        """The queries (Q, L, d) in the layouts of the kernels, which L decides; these look at the tensor as well."""
+    def _pack(self, queries: torch.Tensor, dtype: torch.dtype) -> _C.Queries:
+        """The queries (Q, L, d) in the layouts of the kernels for rows in ``dtype``; these look at the tensor as well."""
         Q, L, d = queries.shape
-        if L not in self._packed:
-            self._packed[L] = queries, _C.Queries(values=queries.data_ptr(), Q=Q, L=L, d=d)
-        return self._packed[L][1]
+        if (L, dtype) not in self._packed:
+            packed = _C.Queries(values=queries.data_ptr(), Q=Q, L=L, d=d, type=NAMES[dtype])
+            self._packed[L, dtype] = queries, packed
+        return self._packed[L, dtype][1]
 
 
 def prepare_task(queries: torch.Tensor, mixing: float, asked: slice, task: slice | None) -> PreparedTask:
