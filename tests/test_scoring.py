@@ -231,6 +231,24 @@ def test_ties_go_to_the_smaller_index(backend, largest, Q, threads_):
     assert torch.equal(scores, 16 * values[order])
 
 
+@native_only
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [1, 4, 60])
+@pytest.mark.parametrize("most", [2, 1000], ids=["ties", "none"])
+def test_threads_that_share_what_they_found(backend, largest, k, most):
+    """Fewer of them than results, as many, and more."""
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.randint(-most, most + 1, (30000, 24), generator=generator).float()
+    queries = torch.randint(-1, 2, (20, 24), generator=generator).float()
+    scores = queries @ rows.T
+    order = scores.argsort(stable=True, descending=largest, dim=1)[:, :k]
+    for n in (2, 4, 9):
+        with threads(n):
+            found = tk.score_topk(queries, rows, k, largest=largest)
+        assert torch.equal(found[1], order)
+        assert torch.equal(found[0], scores.gather(1, order))
+
+
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("Q", [1, 20])
 @pytest.mark.parametrize("numbers", [50, 700])

@@ -48,8 +48,8 @@ inline float floor_of(const float* reached, size_t query, bool largest) {
 class Reservoir {
  public:
   // Scores that are at most `floor`, unless that is a NaN, are of no interest.
-  Reservoir(size_t k, size_t offers, float floor)
-      : k_(k), capacity_(std::min(capacity(k), offers)), threshold_(floor) {
+  Reservoir(size_t k, size_t share, size_t offers, float floor)
+      : k_(k), share_(share), capacity_(std::min(capacity(k), offers)), threshold_(floor) {
     keys_.reserve(capacity_);
   }
 
@@ -62,12 +62,18 @@ class Reservoir {
   // Scores that are at most `floor` are of no interest any more.
   void raise(float floor) { threshold_ = wants(floor) ? floor : threshold_; }
 
-  void add(float score, uint32_t position) {
-    if (keys_.size() == capacity_) weed();
+  // Returns whether others were weeded out for it.
+  bool add(float score, uint32_t position) {
+    const bool full = keys_.size() == capacity_;
+    if (full) weed();
     keys_.push_back(key_of(score, position));
+    return full;
   }
 
   const std::vector<Key>& keys() const { return keys_; }
+
+  // What `share` of them scored at least when they were last weeded, -∞ if that is not known.
+  float best() const { return best_; }
 
  private:
   void weed() {
@@ -76,11 +82,16 @@ class Reservoir {
     const float score = score_of(*kth);
     if (wants(score) && !std::isnan(score)) threshold_ = score;
     keys_.resize(k_);
+    const auto last = keys_.begin() + static_cast<ptrdiff_t>(share_ - 1);
+    std::nth_element(keys_.begin(), last, keys_.end());
+    const float best = score_of(*last);
+    if (best > best_) best_ = best;
   }
 
-  size_t k_;
+  size_t k_, share_;
   size_t capacity_;
   float threshold_;
+  float best_ = -std::numeric_limits<float>::infinity();
   std::vector<Key> keys_;
 };
 

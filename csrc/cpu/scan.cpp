@@ -33,13 +33,15 @@ Scan::Scan(const std::vector<TopK>& tops, size_t N, size_t width, size_t tile_ro
       below_(width, -kInfinity),
       interesting_(width),
       tile_rows_(tile_rows),
-      shared_(shared) {
+      shared_(shared),
+      thread_(shared.join()) {
   for (const TopK& top : tops) {
+    const size_t share = shared.share(selections_.size());
     Selection selection{top.largest, {}};
     selection.reservoirs.reserve(top.Q);
     for (size_t q = 0; q < top.Q; ++q) {
       const float floor = floor_of(top.reached, q, top.largest);
-      selection.reservoirs.emplace_back(top.k, N, floor);
+      selection.reservoirs.emplace_back(top.k, share, N, floor);
       // Until something is known every score is of interest.
       unsettled_ += std::isnan(floor);
       (top.largest ? above_ : below_)[q] = top.largest ? floor : -floor;
@@ -95,11 +97,11 @@ void Scan::offer(size_t query, float score, uint32_t position) {
     const float signed_score = selection.largest ? score : -score;
     if (!reservoir.wants(signed_score)) continue;
     const float before = reservoir.threshold();
-    reservoir.add(signed_score, position);
+    const bool weeded = reservoir.add(signed_score, position);
     const float threshold = reservoir.threshold();
-    if (threshold == before || std::isnan(threshold)) continue;
-    shared_.raise(top, query, threshold);
-    set_threshold(top, query, !std::isnan(before));
+    if (!weeded || std::isnan(threshold)) continue;
+    shared_.raise(top, query, threshold, thread_, reservoir.best());
+    if (threshold != before) set_threshold(top, query, !std::isnan(before));
   }
 }
 

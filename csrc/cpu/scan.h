@@ -80,6 +80,7 @@ class Scan : public Search {
 
   size_t tile_rows_;
   SharedThresholds& shared_;
+  size_t thread_;
   std::vector<Selection> selections_;
   size_t unsettled_ = 0;
 };

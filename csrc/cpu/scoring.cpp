@@ -165,7 +165,7 @@ namespace {
 
 template <typename Layout>
 void scan(Layout& queries, const Rows& rows, const std::vector<TopK>& tops, int threads) {
-  SharedThresholds shared(tops.size(), tops.front().Q);
+  SharedThresholds shared(tops, threads);
   run_scans(rows.N, tops, threads, [&] {
     return std::make_unique<ScoreScan>(queries.matrix, queries.bytes.get(), queries.experience, rows, tops,
                                        shared);

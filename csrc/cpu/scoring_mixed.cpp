@@ -186,7 +186,7 @@ class PartsScan : public TaskScan<Layout> {
 void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, const std::vector<TopK>& tops,
                 bool* doubtful, int threads) {
   using Scan = MixedScan<Task::Layout>;
-  SharedThresholds shared(tops.size(), tops.front().Q);
+  SharedThresholds shared(tops, threads);
   run_scans(rows.N, tops, threads, [&] {
     return std::make_unique<Scan>(*task.layout_, squared_norms, rows, tops, doubtful, shared);
   });
@@ -194,7 +194,7 @@ void mixed_topk(const Task& task, const float* squared_norms, const Rows& rows, 
 
 void mixed_parts(const Task& task, const Rows& rows, const MixedParts& parts, int threads) {
   using Scan = PartsScan<Task::Layout>;
-  SharedThresholds shared(0, 0);
+  SharedThresholds shared({}, threads);
   run_scans(rows.N, {}, threads, [&] { return std::make_unique<Scan>(*task.layout_, rows, parts, shared); });
 }
 
