@@ -19,8 +19,7 @@ def check_finite(queries: torch.Tensor) -> None:
     """Require finite queries."""
     if queries.is_meta:
         raise ValueError("queries must hold numbers, got a meta tensor")
-    # Part by part: what isfinite() takes in between is more than the queries themselves.
-    if not all(part.isfinite().all() for part in queries.split(64)):
+    if not torch.stack(queries.aminmax()).isfinite().all():  # which pass on NaN, and take no memory
         raise ValueError("queries must be finite, got NaN or infinity")
 
 

@@ -259,7 +259,8 @@ class CosineTask(PreparedTask):
     def __init__(self, queries: torch.Tensor, score_ends: Callable[..., list[Found]]) -> None:
         self.score_ends = score_ends
         wide = queries.double()
-        self.unit = (wide * inverse_root(wide.square().sum((1, 2), keepdim=True))).float()
+        squares = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).square()
+        self.unit = wide.mul_(inverse_root(squares)).float()
 
     def scan(
         self,

@@ -8,11 +8,13 @@ Of rows that are kept twice, as codes and wider, a piece has either form. Beside
 those pages are fetched by whoever touches them.
 """
 
+import contextlib
 import ctypes
+import functools
 import itertools
 import mmap
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -28,10 +30,12 @@ READ_STEP = 16 * mmap.PAGESIZE
 """Of so many bytes one is read to bring all into memory: the system maps that much around a page."""
 
 
+_libc = functools.cache(lambda: ctypes.CDLL(None))
+
+
 def _madvise(address: int, size: int, advice: int) -> None:
     """Advice that needs not be taken. Unlike :meth:`mmap.mmap.madvise` it keeps no other thread from running Python."""
-    madvise = ctypes.CDLL(None).madvise
-    madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice))
+    _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice))
 
 
 class Piece:
@@ -110,11 +114,15 @@ class Piece:
                 yield array, self._first * array.strides[0], self._stop * array.strides[0]
 
 
-def read_pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], bool]) -> Generator[Piece]:
+@contextlib.contextmanager
+def read_pieces(
+    store: Store, chosen: Selection, size: int, wide: Callable[[], bool]
+) -> Generator[Iterator[Piece]]:
     """The chosen rows in pieces of at most ``size``; shards that hold none of them are not opened.
 
-    A piece is valid until the next one is asked for. What was found in pieces counts only once the last one has been
-    asked for and there was none: the rows of a shard are compared with their checksum while they are read.
+    The first is read from the moment that the context is entered. A piece is valid until the next one is asked for. What
+    was found in pieces counts only once the last one has been asked for and there was none: the rows of a shard are
+    compared with their checksum while they are read.
 
     Args:
         store: the store.
@@ -133,11 +141,15 @@ def read_pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], b
         return next(pieces, None)
 
     with ThreadPoolExecutor(1, "trackstar-read") as reader:
-        done, coming = None, reader.submit(read, None)
-        while (piece := coming.result()) is not None:
-            coming = reader.submit(read, done)
-            yield piece
-            done = piece
+
+        def ahead(coming: "Future[Piece | None]") -> Iterator[Piece]:
+            done = None
+            while (piece := coming.result()) is not None:
+                coming = reader.submit(read, done)
+                yield piece
+                done = piece
+
+        yield ahead(reader.submit(read, None))
 
 
 def _pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], bool]) -> Iterator[Piece]:

@@ -8,7 +8,6 @@ from the copy; where they rule out too little, as codes of many thousands of num
 """
 
 import collections
-import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -132,9 +131,7 @@ class Scan:
         """What is found for one batch."""
         queries = queries.to(self.device)
         best = [_Best(self.k, largest) for largest in self.directions]
-        with contextlib.closing(
-            read_pieces(self.store, self.chosen, self.piece_rows, lambda: self.rescore)
-        ) as pieces:
+        with read_pieces(self.store, self.chosen, self.piece_rows, lambda: self.rescore) as pieces:
             for piece, codes, scales, _ in _on_device(pieces, self.device):
                 weights = scales if weigh is None else weigh(piece.rows, codes, scales)
                 for one in best:
@@ -155,11 +152,11 @@ class Scan:
         advance: Callable[[int], None],
     ) -> list[Found]:
         """What is found for one batch."""
-        prepared = prepare_task(queries.to(self.device), mixing, asked=batch, task=task)
         best = [_Best(self.k, largest) for largest in self.directions]
         choice = _Choice(possible=self.rescore, codes=self.device.type == "cpu")
         rescored = 0
-        with contextlib.closing(read_pieces(self.store, self.chosen, self.piece_rows, choice.wide)) as pieces:
+        with read_pieces(self.store, self.chosen, self.piece_rows, choice.wide) as pieces:
+            prepared = prepare_task(queries.to(self.device), mixing, asked=batch, task=task)
             for piece, codes, scales, squared_norms in _on_device(pieces, self.device):
                 if self.rescore and not piece.wide:
                     found, count = self._rescored(prepared, piece, best)
@@ -219,7 +216,7 @@ class Scan:
         bounds = torch.zeros(indices.shape)
         rows = Selection.of_rows(indices.unique().numpy())
         size = max(1, min(self.piece_rows, BOUNDS // (64 * len(indices))))
-        with contextlib.closing(read_pieces(self.store, rows, size, lambda: False)) as pieces:
+        with read_pieces(self.store, rows, size, lambda: False) as pieces:
             for piece in pieces:
                 found = task.score_bounds(piece.codes, piece.squared_norms, scales=_scales(piece))
                 places = torch.searchsorted(piece.rows, indices).clamp_max(len(piece) - 1)

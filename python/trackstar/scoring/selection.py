@@ -64,8 +64,8 @@ class Selection:
     @classmethod
     def of_rows(cls, rows: np.ndarray) -> Self:
         """These rows, in any order, repeated or not."""
-        rows = np.unique(rows).astype(np.int64)
-        gaps = np.flatnonzero(np.diff(rows) != 1)
+        rows = np.sort(rows).astype(np.int64)
+        gaps = np.flatnonzero(np.diff(rows) > 1)
         return cls(rows[np.r_[0, gaps + 1][: len(rows)]], rows[np.r_[gaps, len(rows) - 1][: len(rows)]] + 1)
 
     @classmethod

@@ -144,7 +144,9 @@ class Store:
             name: torch.from_numpy(folder.array(name, *kind, mode="c")) for name, kind in arrays.items()
         }
         for name in ("damping", "eigenvalues", "whitener"):  # Queries need no more.
-            if not tensors[name].isfinite().all():
+            if (
+                not torch.stack(tensors[name].aminmax()).isfinite().all()
+            ):  # which pass on NaN, and take no memory
                 raise folder.error(f"curvature/{name} holds NaN or infinity")
         if not (tensors["eigenvalues"] > 0).all():
             raise folder.error("curvature/eigenvalues holds numbers that are not positive")
@@ -299,7 +301,9 @@ def read_deletions(path: Path, manifest: Manifest) -> np.ndarray:
     Raises:
         StoreError: a file is damaged.
     """
-    parts = [np.zeros(0, np.int64)]
+    if not manifest.deletions:
+        return np.zeros(0, np.int64)
+    parts = []
     for (count, _), folder in zip(manifest.deletions, _deletion_folders(path, manifest), strict=True):
         folder.require()
         rows = np.array(folder.array("rows", "int64", (count,)))
