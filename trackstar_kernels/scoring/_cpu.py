@@ -79,7 +79,7 @@ class _PackedScores:
         return _score_ends(queries, rows, k, scales, ends, start, reached, packed)
 
     def _pack(self, queries: torch.Tensor, dtype: torch.dtype) -> _C.Queries:
-        """The queries (Q, L, d) in the layouts of the kernels for rows in ``dtype``; these look at the tensor as well."""
+        """The queries (Q, L, d) in the kernels' layouts for rows in ``dtype``; these look at the tensor as well."""
         Q, L, d = queries.shape
         if (L, dtype) not in self._packed:
             packed = _C.Queries(values=queries.data_ptr(), Q=Q, L=L, d=d, type=NAMES[dtype])

@@ -120,9 +120,9 @@ def read_pieces(
 ) -> Generator[Iterator[Piece]]:
     """The chosen rows in pieces of at most ``size``; shards that hold none of them are not opened.
 
-    The first is read from the moment that the context is entered. A piece is valid until the next one is asked for. What
-    was found in pieces counts only once the last one has been asked for and there was none: the rows of a shard are
-    compared with their checksum while they are read.
+    The first is read from the moment that the context is entered. A piece is valid until the next one is asked for.
+    What was found in pieces counts only once the last one has been asked for and there was none: the rows of a
+    shard are compared with their checksum while they are read.
 
     Args:
         store: the store.
