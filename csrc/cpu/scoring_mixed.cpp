@@ -30,8 +30,9 @@ struct Task::Layout {
 
 Task::Layout::Layout(const Shape& shape)
     : shape(shape),
-      factors(shape.L, Matrix(shape.rank <= kMaxDotQueries ? Matrix::Layout::interleaved : Matrix::Layout::panels,
-                              shape.rank, 1, shape.d)) {
+      factors(shape.L,
+              Matrix(shape.rank <= kMaxDotQueries ? Matrix::Layout::interleaved : Matrix::Layout::panels,
+                     shape.rank, 1, shape.d)) {
   const size_t step = scoring_kernels().group;
   padded_rank = (factors.front().width() + step - 1) / step * step;
   group_blocks = std::min(shape.L, std::max<size_t>(1, kChunkDepth / padded_rank));
