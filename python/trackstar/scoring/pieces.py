@@ -154,9 +154,17 @@ def read_pieces(
 
 def _pieces(store: Store, chosen: Selection, size: int, wide: Callable[[], bool]) -> Iterator[Piece]:
     """Those of :func:`read_pieces`."""
-    for shard in shards_of(store, chosen):
-        for run in _runs(shard, chosen, size):
-            yield Piece(shard, run, wide())
+    shards = shards_of(store, chosen)
+    coming = next(shards, None)
+    while (shard := coming) is not None:
+        coming = next(shards, None)
+        runs = list(_runs(shard, chosen, size))
+        for run in runs:
+            piece = Piece(shard, run, wide())
+            if run is runs[-1] and coming is not None:
+                # While there is time: a shard's first piece takes longest.
+                coming.open_rows(wide=piece.wide)
+            yield piece
         shard.end_comparisons()
 
 

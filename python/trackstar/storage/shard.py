@@ -108,6 +108,15 @@ class Shard:
         self.check("wide")
         return self.unchecked_rows("wide")
 
+    def open_rows(self, *, wide: bool) -> None:
+        """Open what a scan of the codes or of the wider rows reads, those as :meth:`unchecked_rows`.
+
+        Raises:
+            StoreError: an array is missing or of another size, or one of those beside the rows is damaged.
+        """
+        self.unchecked_rows("wide" if wide else "rows")
+        self.scales, self.squared_norms  # noqa: B018
+
     @property
     def live(self) -> torch.Tensor:
         """Positions in the shard, ascending, of the rows that are not deleted."""
