@@ -83,7 +83,7 @@ def write_rows(folder: Path, dtype: str, peers: Path) -> list[list[int]]:
 
 def measure(name: str, python: Path, folder: Path, threads: int) -> dict[str, object]:
     """One job in a process of its own."""
-    own = OFFLINE | {"OMP_NUM_THREADS": str(threads)}
+    own = OFFLINE | {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": ""}  # modules are compiled once
     began = time.perf_counter()
     finished = subprocess.run(
         [python, SCRIPT, name, folder, str(K), str(threads)],

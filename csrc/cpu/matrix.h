@@ -6,16 +6,18 @@
 
 #include "cpu/aligned.h"
 #include "cpu/scoring_kernel.h"
+#include "scoring.h"
 
 namespace trackstar {
+
+// Whether vectors that rows of a type are multiplied with are too few to be worth panels.
+bool are_few(size_t count, RowType rows);
 
 // `count` vectors (L, d): interleaved, as the dot kernels take a few, or in panels.
 class Matrix {
  public:
-  enum class Layout { interleaved, panels };
-
-  // Interleaved only if there are at most kMaxDotQueries.
-  Matrix(Layout layout, size_t count, size_t L, size_t d);
+  // Whichever suits so many of them and rows of a type.
+  Matrix(RowType rows, size_t count, size_t L, size_t d);
   // In panels, with blocks `spacing` apart, at least d; what is between is zeros.
   Matrix(size_t count, size_t L, size_t d, size_t spacing);
 

@@ -137,21 +137,9 @@ class ScoreScan : public Scan {
 
 }  // namespace
 
-namespace {
-
-// Queries that vectors run along the rows for; for more they run along the queries, in panels.
-size_t few_queries(RowType type) {
-  // Eight queries on float32 rows took 0.62 of torch.mm's time in panels and 0.46–0.50 without on Zen 3 and Zen 4, but 0.36
-  // and 0.62 on Zen 5; there two take 0.8 of the time in panels. Float16 rows would have to be widened for them, which
-  // takes longer than it saves.
-  return type == RowType::float32 && isa() >= Isa::v4 && is_zen5() ? 1 : kMaxDotQueries;
-}
-
-}  // namespace
-
 struct Queries::Layout {
   Layout(const float* values, size_t Q, size_t L, size_t d, RowType type, bool round)
-      : matrix(Q <= few_queries(type) ? Matrix::Layout::interleaved : Matrix::Layout::panels, Q, L, d) {
+      : matrix(type, Q, L, d) {
     for (size_t b = 0; b < L; ++b) matrix.set_block(b, values + b * d, L * d);
     if (round && ByteQueries::fits(Q, d)) bytes = std::make_unique<ByteQueries>(values, Q, L, d);
   }

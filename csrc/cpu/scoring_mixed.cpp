@@ -6,53 +6,67 @@
 #include "cpu/aligned.h"
 #include "cpu/coded.h"
 #include "cpu/matrix.h"
+#include "cpu/round_up.h"
 #include "cpu/row_reader.h"
 #include "cpu/scan.h"
 #include "scoring.h"
 
 namespace trackstar {
 
-// Blocks are combined in groups, so that one product is deep enough to be worth its start even where the rank is
-// small.
-struct Task::Layout {
-  explicit Layout(const Shape& shape);
+namespace {
+
+// A task as rows of a type are multiplied with it. Blocks are combined in groups, so that one product is deep enough to
+// be worth its start even where the rank is small.
+struct Form {
+  Form(const Task::Shape& shape, RowType rows);
 
   size_t groups() const { return combine.size(); }
-  size_t blocks(size_t group) const { return std::min(group_blocks, shape.L - group * group_blocks); }
+  size_t blocks(size_t group) const { return std::min(group_blocks, factors.size() - group * group_blocks); }
 
-  Shape shape;
   std::vector<Matrix> factors;  // of each block: `rank` vectors (1, d)
   size_t padded_rank;           // columns of a product with them
   size_t group_blocks;
   std::vector<Matrix> combine;  // of each group: Q vectors (blocks, rank), blocks padded_rank apart
-  Aligned<float> weights;
 };
 
-Task::Layout::Layout(const Shape& shape)
-    : shape(shape),
-      factors(shape.L,
-              Matrix(shape.rank <= kMaxDotQueries ? Matrix::Layout::interleaved : Matrix::Layout::panels,
-                     shape.rank, 1, shape.d)) {
-  const size_t step = scoring_kernels().group;
-  padded_rank = (factors.front().width() + step - 1) / step * step;
-  group_blocks = std::min(shape.L, std::max<size_t>(1, kChunkDepth / padded_rank));
+Form::Form(const Task::Shape& shape, RowType rows)
+    : factors(shape.L, Matrix(rows, shape.rank, 1, shape.d)),
+      padded_rank(round_up(factors.front().width(), scoring_kernels().group)),
+      group_blocks(std::min(shape.L, std::max<size_t>(1, kChunkDepth / padded_rank))) {
   for (size_t b = 0; b < shape.L; b += group_blocks) {
     combine.emplace_back(shape.Q, std::min(group_blocks, shape.L - b), shape.rank, padded_rank);
   }
 }
+
+}  // namespace
+
+struct Task::Layout {
+  explicit Layout(const Shape& shape) : shape(shape), forms{Form(shape, RowType::float32)} {
+    constexpr RowType kOthers = RowType::float16;
+    if (are_few(shape.rank, RowType::float32) != are_few(shape.rank, kOthers)) forms.emplace_back(shape, kOthers);
+  }
+
+  const Form& form(RowType rows) const { return rows == RowType::float32 ? forms.front() : forms.back(); }
+
+  Shape shape;
+  std::vector<Form> forms;  // for all rows, or for those of float32 and for others
+  Aligned<float> weights;
+};
 
 Task::Task(const Shape& shape) : layout_(new Layout(shape)) {}
 Task::~Task() = default;
 
 void Task::set_block(size_t b, const float* factors, const float* combine) {
   const Shape& shape = layout_->shape;
-  layout_->factors[b].set_block(0, factors, shape.d);
-  layout_->combine[b / layout_->group_blocks].set_block(b % layout_->group_blocks, combine, shape.rank);
+  for (Form& form : layout_->forms) {
+    form.factors[b].set_block(0, factors, shape.d);
+    form.combine[b / form.group_blocks].set_block(b % form.group_blocks, combine, shape.rank);
+  }
 }
 
 void Task::set_weights(const float* weights) {
   layout_->weights.assign(weights, weights + layout_->shape.Q);
-  layout_->weights.resize(layout_->combine.front().width());
+  layout_->weights.resize(layout_->forms.front().combine.front().width());
 }
 
 namespace {
@@ -62,27 +76,32 @@ template <typename Layout>
 class TaskScan : public Scan {
  protected:
   TaskScan(const Layout& task, const Rows& rows, const std::vector<TopK>& tops, SharedThresholds& shared)
-      : Scan(tops, rows.N, task.combine.front().width(), rows_of_tile(task), shared),
+      : TaskScan(task, task.form(rows.type), rows, tops, shared) {}
+
+  TaskScan(const Layout& task, const Form& form, const Rows& rows, const std::vector<TopK>& tops,
+           SharedThresholds& shared)
+      : Scan(tops, rows.N, form.combine.front().width(), rows_of_tile(form), shared),
         task_(task),
         rows_(rows),
         squares_(tile_rows()),
         reader_(rows, tile_rows()),
-        products_(tile_rows() * task.group_blocks * task.padded_rank) {}
+        form_(form),
+        products_(tile_rows() * form.group_blocks * form.padded_rank) {}
 
   // Adds Σ_b combine · t_b to scores_, and puts Σ_b ‖t_b‖² into squares_.
   void multiply(size_t row, size_t count) {
     reader_.open(row, count);
     std::fill(squares_.begin(), squares_.end(), 0.0);
-    for (size_t group = 0; group < task_.groups(); ++group) {
-      const size_t blocks = task_.blocks(group), width = blocks * task_.padded_rank;
+    for (size_t group = 0; group < form_.groups(); ++group) {
+      const size_t blocks = form_.blocks(group), width = blocks * form_.padded_rank;
       std::fill(products_.begin(), products_.end(), 0.0f);
       for (size_t i = 0; i < blocks; ++i) {
-        const size_t b = group * task_.group_blocks + i;
-        const Matrix& factors = task_.factors[b];
-        reader_.multiply(b, factors, 0, 0, factors.panels().size(), products_.data() + i * task_.padded_rank,
+        const size_t b = group * form_.group_blocks + i;
+        const Matrix& factors = form_.factors[b];
+        reader_.multiply(b, factors, 0, 0, factors.panels().size(), products_.data() + i * form_.padded_rank,
                          width);
       }
-      combine(count, task_.combine[group], width);
+      combine(count, form_.combine[group], width);
       for (size_t r = 0; r < count; ++r) {
         squares_[r] += kernels_.sum_of_squares(products_.data() + r * width, width);
       }
@@ -94,11 +113,11 @@ class TaskScan : public Scan {
   std::vector<double> squares_;  // of the tile's rows: Σ_b ‖t_b‖²
 
  private:
-  static size_t rows_of_tile(const Layout& task) {
+  static size_t rows_of_tile(const Form& form) {
     size_t bytes = 0;
-    for (const Matrix& matrix : task.factors) bytes += matrix.bytes();
-    for (const Matrix& matrix : task.combine) bytes += matrix.bytes();
-    return trackstar::rows_of_tile(task.factors.front().block_rows(), bytes);
+    for (const Matrix& matrix : form.factors) bytes += matrix.bytes();
+    for (const Matrix& matrix : form.combine) bytes += matrix.bytes();
+    return trackstar::rows_of_tile(form.factors.front().block_rows(), bytes);
   }
 
   // scores_ += products_ (count, width) times the matrix.
@@ -122,6 +141,7 @@ class TaskScan : public Scan {
   }
 
   RowReader reader_;
+  const Form& form_;
   Aligned<float> products_;  // (row of the tile, group_blocks, padded_rank): t of a group
 };
 
