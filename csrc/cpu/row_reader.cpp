@@ -111,8 +111,13 @@ void RowReader::multiply_few(size_t b, size_t count, const Matrix& matrix, size_
           rows[r] = wide;
         }
       }
-      kernel.run(rows, ahead_.take(lines), matrix.interleaved_at(matrix_b, i), {count, depth, rows_.d},
-                 scales, out + first * stride, stride);
+      FetchLines fetch = ahead_.take(lines);
+      if (codes_ && matrix.count() == 1) {
+        // That kernel fetches what lies behind a row, and this one's floats are in cache.
+        for (; fetch.lines > 0; --fetch.lines, fetch.from += kLineBytes) __builtin_prefetch(fetch.from, 0, 2);
+      }
+      kernel.run(rows, fetch, matrix.interleaved_at(matrix_b, i), {count, depth, rows_.d}, scales,
+                 out + first * stride, stride);
     }
   }
 }

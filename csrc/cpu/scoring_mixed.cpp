@@ -43,7 +43,8 @@ Form::Form(const Task::Shape& shape, RowType rows)
 struct Task::Layout {
   explicit Layout(const Shape& shape) : shape(shape), forms{Form(shape, RowType::float32)} {
     constexpr RowType kOthers = RowType::float16;
-    if (are_few(shape.rank, RowType::float32) != are_few(shape.rank, kOthers)) forms.emplace_back(shape, kOthers);
+    if (are_few(shape.rank, RowType::float32) != are_few(shape.rank, kOthers))
+      forms.emplace_back(shape, kOthers);
   }
 
   const Form& form(RowType rows) const { return rows == RowType::float32 ? forms.front() : forms.back(); }
@@ -80,7 +81,7 @@ class TaskScan : public Scan {
 
   TaskScan(const Layout& task, const Form& form, const Rows& rows, const std::vector<TopK>& tops,
            SharedThresholds& shared)
-      : Scan(tops, rows.N, form.combine.front().width(), rows_of_tile(form), shared),
+      : Scan(tops, rows.N, form.combine.front().width(), rows_of_tile(form, rows.type), shared),
         task_(task),
         rows_(rows),
         squares_(tile_rows()),
@@ -113,11 +114,13 @@ class TaskScan : public Scan {
   std::vector<double> squares_;  // of the tile's rows: Σ_b ‖t_b‖²
 
  private:
-  static size_t rows_of_tile(const Form& form) {
+  static size_t rows_of_tile(const Form& form, RowType rows) {
     size_t bytes = 0;
     for (const Matrix& matrix : form.factors) bytes += matrix.bytes();
     for (const Matrix& matrix : form.combine) bytes += matrix.bytes();
-    return trackstar::rows_of_tile(form.factors.front().block_rows(), bytes);
+    const size_t block_rows = form.factors.front().block_rows();
+    // One vector reads a row after the other from memory, but codes only once they are floats in cache.
+    return block_rows == 1 && !is_coded(rows) ? 1 : trackstar::rows_of_tile(block_rows, bytes);
   }
 
   // scores_ += products_ (count, width) times the matrix.

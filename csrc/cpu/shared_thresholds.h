@@ -37,7 +37,8 @@ class SharedThresholds {
     std::atomic<float>* places = result.places.data() + query * result.count;
     raise(places[thread % result.count], best);
     float least = best;
-    for (size_t i = 0; i < result.count; ++i) least = std::min(least, places[i].load(std::memory_order_relaxed));
+    for (size_t i = 0; i < result.count; ++i)
+      least = std::min(least, places[i].load(std::memory_order_relaxed));
     raise(result.scores[query], least);
   }
 
@@ -53,7 +54,8 @@ class SharedThresholds {
   struct Result {
     Result(size_t share, size_t Q, size_t count) : share(share), count(count), scores(Q), places(Q * count) {
       for (Scores* all : {&scores, &places}) {
-        for (auto& score : *all) score.store(-std::numeric_limits<float>::infinity(), std::memory_order_relaxed);
+        for (auto& score : *all)
+          score.store(-std::numeric_limits<float>::infinity(), std::memory_order_relaxed);
       }
     }
 
