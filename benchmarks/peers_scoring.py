@@ -83,7 +83,8 @@ def write_rows(folder: Path, dtype: str, peers: Path) -> list[list[int]]:
 
 def measure(name: str, python: Path, folder: Path, threads: int) -> dict[str, object]:
     """One job in a process of its own."""
-    own = OFFLINE | {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": ""}  # modules are compiled once
+    # Modules are compiled once, as an installation compiles them.
+    own = OFFLINE | {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": ""}
     began = time.perf_counter()
     finished = subprocess.run(
         [python, SCRIPT, name, folder, str(K), str(threads)],
