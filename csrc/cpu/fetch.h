@@ -34,17 +34,19 @@ inline void fetch_ahead([[maybe_unused]] const void* from) {
 #endif
 }
 
-// Spreads lines evenly over a loop: next() is called at each of so many steps.
-class Spread {
+// Spreads lines evenly over a loop: next() is called at each of so many steps. They come as near as __builtin_prefetch
+// says by kLocality: 2 is the second-level cache, 3 the first.
+template <int kLocality>
+class SpreadTo {
  public:
-  Spread(const FetchLines& fetch, size_t steps)
+  SpreadTo(const FetchLines& fetch, size_t steps)
       : at_(fetch.from),
         end_(at_ + fetch.lines * kLineBytes),
         rate_(steps == 0 ? 0 : (fetch.lines * kOne + steps - 1) / steps) {}
 
   void next() {
     for (due_ += rate_; due_ >= kOne && at_ < end_; due_ -= kOne, at_ += kLineBytes)
-      __builtin_prefetch(at_, 0, 2);
+      __builtin_prefetch(at_, 0, kLocality);
   }
 
  private:
@@ -53,6 +55,8 @@ class Spread {
   const uint8_t *at_, *const end_;
   size_t rate_, due_ = 0;
 };
+
+using Spread = SpreadTo<2>;
 
 }  // namespace
 }  // namespace trackstar::TRACKSTAR_ISA
