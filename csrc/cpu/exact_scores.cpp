@@ -18,13 +18,6 @@ void prefetch(const uint8_t* from, size_t bytes) {
 
 size_t depth() { return kVectors * scoring_kernels().lanes; }
 
-const RowKernels& row_kernels(RowType type) {
-  const ScoringKernels& kernels = scoring_kernels();
-  return type == RowType::float16    ? kernels.half
-         : type == RowType::bfloat16 ? kernels.bfloat16
-                                     : kernels.single;
-}
-
 }  // namespace
 
 ExactScores::ExactScores(const float* queries, const Rows& rows, float sign)

@@ -79,9 +79,7 @@ ByteRows::ByteRows(const ByteQueries& queries, const Rows& rows)
       kernels_(coded_kernels()),
       runs_(rows.L * queries.runs),
       tile_rows_(rows_of_tile(queries, rows)),
-      widen_(rows.type == RowType::float16    ? scoring_kernels().half.widen
-             : rows.type == RowType::bfloat16 ? scoring_kernels().bfloat16.widen
-                                              : nullptr),
+      widen_(rows.type == RowType::float32 ? nullptr : row_kernels(rows.type).widen),
       stride_(RoundedQueries::row_stride(runs_ * rounded_.padded)),
       bytes_(tile_rows_ * stride_),
       scales_(tile_rows_ * runs_),

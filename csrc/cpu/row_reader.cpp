@@ -3,17 +3,6 @@
 #include <algorithm>
 
 namespace trackstar {
-namespace {
-
-const RowKernels& row_kernels(RowType type) {
-  const ScoringKernels& kernels = scoring_kernels();
-  return type == RowType::float16    ? kernels.half
-         : type == RowType::bfloat16 ? kernels.bfloat16
-                                     : kernels.single;  // narrow rows are widened first
-}
-
-}  // namespace
-
 RowReader::RowReader(const Rows& rows, size_t tile_rows)
     : rows_(rows),
       kernels_(scoring_kernels()),

@@ -32,6 +32,13 @@ const ScoringKernels& scoring_kernels() {
   }
 }
 
+const RowKernels& row_kernels(RowType type) {
+  const ScoringKernels& kernels = scoring_kernels();
+  return type == RowType::float16    ? kernels.half
+         : type == RowType::bfloat16 ? kernels.bfloat16
+                                     : kernels.single;
+}
+
 namespace {
 
 constexpr size_t kPanelsAtOnce = 32;  // whose chunks fit the second-level cache

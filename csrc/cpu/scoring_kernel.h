@@ -9,6 +9,8 @@
 
 namespace trackstar {
 
+enum class RowType;
+
 // Both kinds add, for a block of rows and all their queries,
 //
 //     scores[r * score_stride + q] += scale[r] · Σ_k rows[r][k] · query_q[k]      k < depth
@@ -71,6 +73,9 @@ struct ScoringKernels {
 
 // Those of the level in force.
 const ScoringKernels& scoring_kernels();
+
+// Of them those for rows of a type; narrow rows are widened first.
+const RowKernels& row_kernels(RowType type);
 
 namespace baseline {
 extern const ScoringKernels scoring_kernels;

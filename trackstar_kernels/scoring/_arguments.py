@@ -19,7 +19,8 @@ def check_finite(queries: torch.Tensor) -> None:
     """Require finite queries."""
     if queries.is_meta:
         raise ValueError("queries must hold numbers, got a meta tensor")
-    if not torch.stack(queries.aminmax()).isfinite().all():  # which pass on NaN, and take no memory
+    # The extremes pass on NaN, and unlike isfinite() they take no memory.
+    if not torch.stack(queries.aminmax()).isfinite().all():
         raise ValueError("queries must be finite, got NaN or infinity")
 
 

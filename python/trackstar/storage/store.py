@@ -144,9 +144,8 @@ class Store:
             name: torch.from_numpy(folder.array(name, *kind, mode="c")) for name, kind in arrays.items()
         }
         for name in ("damping", "eigenvalues", "whitener"):  # Queries need no more.
-            if (
-                not torch.stack(tensors[name].aminmax()).isfinite().all()
-            ):  # which pass on NaN, and take no memory
+            # The extremes pass on NaN, and unlike isfinite() they take no memory.
+            if not torch.stack(tensors[name].aminmax()).isfinite().all():
                 raise folder.error(f"curvature/{name} holds NaN or infinity")
         if not (tensors["eigenvalues"] > 0).all():
             raise folder.error("curvature/eigenvalues holds numbers that are not positive")
