@@ -203,20 +203,34 @@ def test_reads_codes_where_they_are(backend, dtype, Q):
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
+LEVELS = [
+    [-127, -92, -71, -55, -42, -30, -19, -8, 2, 13, 24, 36, 48, 62, 80, 108],
+    [-108, -80, -62, -48, -36, -24, -13, -2, 8, 19, 30, 42, 55, 71, 92, 127],
+]
+"""Those of int4 by the last code's lowest bit."""
+
+
 def codes_of_every_value(dtype):
-    """One row for each value of a single code."""
+    """One row for each value of a single code; for int4, after codes of each lowest bit."""
     if dtype == "int8":
         return torch.arange(-127, 128, dtype=torch.int8)[:, None, None], torch.arange(-127, 128)
     if dtype == "int4":
-        multiplier, low, high = torch.meshgrid(
-            torch.arange(16), torch.arange(16), torch.arange(16), indexing="ij"
+        multiplier, first, second, third = torch.meshgrid(
+            torch.arange(16), torch.arange(14, 16), torch.arange(4, 6), torch.arange(16), indexing="ij"
         )
-        codes = torch.stack([multiplier, low | high << 4], dim=-1).to(torch.uint8).reshape(-1, 1, 2)
-        levels = torch.tensor([0, 13, 26, 40, 55, 73, 94, 123, -127, -100, -79, -63, -48, -35, -23, -11])
-        low, high = (
-            (levels[code] * (multiplier + 1) + 8).div(16, rounding_mode="floor") for code in (low, high)
+        codes = (
+            torch.stack([multiplier, first | second << 4, third], dim=-1).to(torch.uint8).reshape(-1, 1, 3)
         )
-        return codes, (low + 1000 * high).flatten()
+        levels = torch.tensor(LEVELS)
+        numbers = [
+            (levels[last & 1, code ^ other & 1] * (multiplier + 1) + 8).div(16, rounding_mode="floor")
+            for code, last, other in (
+                (first, 0 * first, 0 * first),
+                (second, first, 0 * first),
+                (third, second, first),
+            )
+        ]
+        return codes, (numbers[0] + 256 * numbers[1] + 2**16 * numbers[2]).flatten()
     words = torch.arange(2**8, dtype=torch.int32)
     return words[:, None, None], sum((1 - 2 * (words >> i & 1)) * 2**i for i in range(8))
 
@@ -225,7 +239,7 @@ def codes_of_every_value(dtype):
 @pytest.mark.parametrize("Q", [1, 6])
 def test_every_code(backend, dtype, Q):
     codes, values = codes_of_every_value(dtype)
-    weights = {"int8": [1.0], "int4": [1.0, 1000.0], "sign": [2.0**i for i in range(8)]}[dtype]
+    weights = {"int8": [1.0], "int4": [1.0, 2.0**8, 2.0**16], "sign": [2.0**i for i in range(8)]}[dtype]
     queries = torch.tensor(weights).expand(Q, 1, -1)
     scores, indices = tk.score_topk(queries, codes, len(codes), backend=backend)
     assert torch.equal(torch.empty_like(scores).scatter(1, indices, scores), values.float().expand(Q, -1))

@@ -306,7 +306,7 @@ def test_a_store_of_another_format(store):
     document = json.loads(file.read_text())
     file.write_text(json.dumps({"format": document["format"] + 1, "anything": "else"}))
     for use in (trackstar.open_store, tiny_build):
-        with pytest.raises(StoreError, match=r"is a store of format 4; this version reads format 3"):
+        with pytest.raises(StoreError, match=r"is a store of format 5; this version reads format 4"):
             use(store)
 
 

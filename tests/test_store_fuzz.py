@@ -78,7 +78,7 @@ def survives(path):
 
 def write_manifest(path, content):
     text = json.dumps(content, separators=(",", ":")).encode()
-    head = b'{"format":3,"xxh3":"%s","content":' % xxhash.xxh3_128_hexdigest(text).encode()
+    head = b'{"format":4,"xxh3":"%s","content":' % xxhash.xxh3_128_hexdigest(text).encode()
     (path / "manifest.json").write_bytes(head + text + b"}\n")
 
 
@@ -142,7 +142,7 @@ def test_anything_as_a_manifest(tmp_path, content):
 @given(content=st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_anything_as_a_manifest_with_a_right_checksum(tmp_path, content):
     digest = xxhash.xxh3_128_hexdigest(content).encode()
-    (tmp_path / "manifest.json").write_bytes(b'{"format":3,"xxh3":"%s","content":%s}\n' % (digest, content))
+    (tmp_path / "manifest.json").write_bytes(b'{"format":4,"xxh3":"%s","content":%s}\n' % (digest, content))
     assert not survives(tmp_path)
 
 

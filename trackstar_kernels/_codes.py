@@ -4,7 +4,7 @@ A block of d numbers is kept as y ≈ scale · code. The dtype of the codes alon
 
     float32, float16   the numbers themselves, without scales
     int8               whole numbers from -127 to 127
-    uint8  ("int4")    whole numbers of which four bits and their group's multiplier tell, see :func:`pack_int4`
+    uint8  ("int4")    whole numbers that their group's multiplier and four bits of each tell, see :func:`pack_int4`
     int32  ("sign")    1 where a number is negative, 32 a word from the lowest bit
 
 What is left over of a block's last byte or word is zero.
@@ -29,9 +29,13 @@ GROUP = 32
 MULTIPLIERS = 16
 """An int4 group's multiplier is from 1 to this."""
 
-LEVELS = (0, 13, 26, 40, 55, 73, 94, 123, -127, -100, -79, -63, -48, -35, -23, -11)
-"""What the 16 codes of int4 stand for in a group whose multiplier is the largest: the number of code c is
-⌊(LEVELS[c] · multiplier + 8) / 16⌋. They lie where numbers of a normal distribution are lost least."""
+LEVELS = (2, 8, 13, 19, 24, 30, 36, 42, 48, 55, 62, 71, 80, 92, 108, 127)
+"""Magnitudes of the 32 levels of int4. They lie where numbers of a normal distribution are lost least."""
+
+LEVEL_SETS = tuple(sorted([*LEVELS, *(-level for level in LEVELS)])[first::2] for first in (0, 1))
+"""The 16 levels that a code of int4 chooses from. The code before it, a, and the one before that, b, both of the same
+group or else 0, say which of them it is: in a group with the largest multiplier, code c stands for
+LEVEL_SETS[a % 2][c ^ b % 2], with others for ⌊(that · multiplier + 8) / 16⌋."""
 
 
 def code_size(size: int, dtype: torch.dtype) -> int:
@@ -59,10 +63,12 @@ def _pairs(nibbles: torch.Tensor, multiple: int) -> torch.Tensor:
     return padded[..., 0::2] | padded[..., 1::2] << 4
 
 
-def level_table(device: torch.device | None = None) -> torch.Tensor:
-    """The numbers of int4's codes, int8 (multiplier - 1, code)."""
-    multipliers = torch.arange(1, MULTIPLIERS + 1, device=device)[:, None]
-    return (torch.tensor(LEVELS, device=device) * multipliers + 8 >> 4).to(torch.int8)
+def _int4_numbers(codes: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
+    """What codes (…, n, 32) of groups with multipliers (…, n) stand for, as int8."""
+    levels = torch.tensor(LEVEL_SETS, dtype=torch.int16, device=codes.device)
+    before = torch.nn.functional.pad(codes & 1, (2, 0))
+    chosen = levels.flatten()[before[..., 1:-1].int() * 16 + (codes ^ before[..., :-2])]
+    return (chosen * multipliers[..., None] + 8 >> 4).to(torch.int8)
 
 
 def pack_signs(values: torch.Tensor) -> torch.Tensor:
@@ -79,9 +85,8 @@ def unpack(codes: torch.Tensor, size: int) -> torch.Tensor:
             -1, (-1, 1 + GROUP)
         )
         nibbles = torch.stack([cells & 15, cells >> 4], dim=-1)
-        multipliers, elements = nibbles[..., 0, :], nibbles[..., 1:, :].unflatten(-2, (2, -1)).flatten(-2)
-        place = multipliers[..., None].int() * 16 + elements
-        return level_table(codes.device).flatten()[place].flatten(-3)[..., :size]
+        multipliers, groups = nibbles[..., 0, :] + 1, nibbles[..., 1:, :].unflatten(-2, (2, -1)).flatten(-2)
+        return _int4_numbers(groups, multipliers).flatten(-3)[..., :size]
     if codes.dtype == torch.int32:
         places = torch.arange(32, dtype=torch.int32, device=codes.device)
         bits = (codes[..., None] >> places).flatten(-2)[..., :size] & 1

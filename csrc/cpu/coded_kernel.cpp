@@ -104,6 +104,7 @@ double measure(const uint8_t* row, size_t block_bytes, const float* scales, size
       for_steps<Codes>(row, piece, end, [&](const uint8_t* from, size_t i) {
         Bytes out[Codes::vectors];
         Codes::load(from, out);
+        if (end - i < kEvery) Codes::clear_behind(end - i, out);
         if constexpr (kExpand) {
           ahead.next();
           for (int v = 0; v < Codes::vectors; ++v) store_bytes(bytes + i + v * kBytes, out[v]);

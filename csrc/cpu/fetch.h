@@ -9,10 +9,15 @@ namespace {
 constexpr size_t kPageBytes = 4096;       // the smallest there are
 constexpr size_t kPagesAhead = 64 << 10;  // bytes
 
+// What lies further on, inside the same array or not: it is fetched, never read.
+inline const char* further(const void* from, size_t bytes) {
+  return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) + bytes);
+}
+
 // Before `bytes` at `from` are read: a line of each page that lies kPagesAhead further on. Processors that fetch ahead
 // by themselves stop at the end of a page, and to find the next takes longer than to read it.
 inline void fetch_pages(const void* from, size_t bytes) {
-  const char* later = static_cast<const char*>(from) + kPagesAhead;
+  const char* later = further(from, kPagesAhead);
   for (size_t i = 0; i < bytes; i += kPageBytes) __builtin_prefetch(later + i);
 }
 
@@ -21,7 +26,7 @@ constexpr size_t kStreamAhead = 8 << 10;  // bytes
 // Before `bytes` at `from` are read, where all that follows is read as well: what lies a little further on, into the
 // first-level cache (Zen 5: one query on float32 and float16 rows in 0.9 of the time that whole rows ahead take).
 inline void fetch_stream(const void* from, size_t bytes) {
-  const char* later = static_cast<const char*>(from) + kStreamAhead;
+  const char* later = further(from, kStreamAhead);
   for (size_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(later + i);
 }
 
@@ -29,9 +34,9 @@ inline void fetch_stream(const void* from, size_t bytes) {
 // 256-bit vectors (Zen 3), 0.85 with longer ones (Zen 5).
 inline void fetch_ahead([[maybe_unused]] const void* from) {
 #if defined(__AVX512F__)
-  __builtin_prefetch(static_cast<const char*>(from) + kStreamAhead);
+  __builtin_prefetch(further(from, kStreamAhead));
 #elif defined(__AVX2__)
-  __builtin_prefetch(static_cast<const char*>(from) + 2048);
+  __builtin_prefetch(further(from, 2048));
 #endif
 }
 

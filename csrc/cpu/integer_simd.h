@@ -113,6 +113,25 @@ inline Bytes load_sixteens(const uint8_t* const* from) {
 #endif
 }
 
+// 16 bytes from each of several places and, to[1], the 16 behind them.
+inline void load_thirty_twos(const uint8_t* const* from, Bytes* to) {
+#if defined(__AVX512BW__)
+  const auto two = [&](int i) {
+    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[i]));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first),
+                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[i + 1])), 1);
+  };
+  const __m512i low = two(0), high = two(2);
+  to[0] = (Bytes)_mm512_maskz_shuffle_i64x2(0xFF, low, high, 0x88);
+  to[1] = (Bytes)_mm512_maskz_shuffle_i64x2(0xFF, low, high, 0xDD);
+#else
+  const uint8_t* behind[kBytes / 16];
+  for (int i = 0; i < kBytes / 16; ++i) behind[i] = from[i] + 16;
+  to[0] = load_sixteens(from);
+  to[1] = load_sixteens(behind);
+#endif
+}
+
 // Every 16 bytes of `tables` at the places that the same 16 of `indices` say, all of them below 16.
 inline Bytes look_up(Bytes tables, Bytes indices) {
 #if defined(__AVX512BW__)
@@ -128,22 +147,58 @@ inline Bytes look_up(Bytes tables, Bytes indices) {
 #endif
 }
 
-// table[n] for kLanes numbers n of four bits, two a byte, the first one in the low bits.
-inline Quarter look_up_pairs(const uint8_t* table, const uint8_t* pairs) {
+// The same of two tables, the second where `bit` of `flags` is set.
+template <int bit>
+inline Bytes look_up(const Bytes* tables, Bytes flags, Bytes indices) {
+#if defined(__AVX512BW__)
+  const __mmask64 second = _mm512_test_epi8_mask((__m512i)flags, _mm512_set1_epi8(1 << bit));
+  return (Bytes)_mm512_mask_shuffle_epi8((__m512i)look_up(tables[0], indices), second, (__m512i)tables[1],
+                                         (__m512i)indices);
+#elif defined(__AVX2__)
+  const __m256i second = _mm256_slli_epi16((__m256i)flags, 7 - bit);  // its highest bit counts
+  return (Bytes)_mm256_blendv_epi8((__m256i)look_up(tables[0], indices), (__m256i)look_up(tables[1], indices),
+                                   second);
+#elif defined(__aarch64__)
+  const uint8x16x2_t both = {{(uint8x16_t)tables[0], (uint8x16_t)tables[1]}};
+  return (Bytes)vqtbl2q_u8(both, (uint8x16_t)((flags >> bit & 1) << 4 | indices));
+#else
+  const Bytes second = -(flags >> bit & 1);
+  return (look_up(tables[0], indices) & ~second) | (look_up(tables[1], indices) & second);
+#endif
+}
+
+// Every 16 bytes moved up by one, behind a zero.
+inline Bytes bytes_before(Bytes bytes) {
+#if defined(__AVX512BW__)
+  return (Bytes)_mm512_bslli_epi128((__m512i)bytes, 1);
+#elif defined(__AVX2__)
+  return (Bytes)_mm256_slli_si256((__m256i)bytes, 1);
+#else
+  return __builtin_shufflevector(Bytes{}, bytes, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
+                                 30);
+#endif
+}
+
+// tables[flag][n] for kLanes numbers n of four bits, two a byte, the first one in the low bits, and their flags, the
+// lowest bits of the same in `flags`.
+inline Quarter look_up_pairs(const uint8_t (*tables)[16], uint64_t numbers, uint64_t flags) {
 #if defined(__AVX2__)
   // A byte becomes the two bytes of a 16-bit number.
-  uint64_t bytes = 0;
-  __builtin_memcpy(&bytes, pairs, kLanes / 2);
-  const __m128i both = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
-  const __m128i nibbles = _mm_and_si128(_mm_or_si128(both, _mm_slli_epi16(both, 4)), _mm_set1_epi16(0x0F0F));
-  const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), nibbles);
+  const auto nibbles = [](uint64_t bytes) {
+    const __m128i both = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+    return _mm_and_si128(_mm_or_si128(both, _mm_slli_epi16(both, 4)), _mm_set1_epi16(0x0F0F));
+  };
+  const auto table = [&](int i) { return _mm_load_si128(reinterpret_cast<const __m128i*>(tables[i])); };
+  const __m128i places = nibbles(numbers), second = _mm_slli_epi16(nibbles(flags), 7);
+  const __m128i found =
+      _mm_blendv_epi8(_mm_shuffle_epi8(table(0), places), _mm_shuffle_epi8(table(1), places), second);
   Quarter quarter;
   __builtin_memcpy(&quarter, &found, sizeof(quarter));
   return quarter;
 #else
   Quarter quarter;
   for (ptrdiff_t i = 0; i < kLanes; ++i) {
-    quarter[i] = static_cast<int8_t>(table[pairs[i / 2] >> i % 2 * 4 & 15]);
+    quarter[i] = static_cast<int8_t>(tables[flags >> 4 * i & 1][numbers >> 4 * i & 15]);
   }
   return quarter;
 #endif

@@ -5,15 +5,13 @@ import torch
 from trackstar_kernels._codes import (
     DTYPES,
     GROUP,
-    LEVELS,
-    MULTIPLIERS,
     code_size,
     pack_int4,
     pack_signs,
     unpack,
 )
+from trackstar_kernels.encode._trellis import best_codes
 
-CLIPPED = (0, 1, 2)  # by how much a group's multiplier may be less than fits its largest number
 CHUNK = 2**18  # numbers narrowed at once, so that the many passes over them stay in cache
 
 
@@ -53,31 +51,14 @@ def _int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _int4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes with the multiplier, of a few for each group, that leaves the least behind, and scales."""
+    """Codes and multipliers that leave the least behind, and scales."""
     d = rows.shape[2]
     unit, largest = _unit(rows)
-    groups = torch.nn.functional.pad(unit, (0, -d % GROUP)).unflatten(2, (-1, GROUP))
-    levels = torch.tensor(LEVELS, dtype=rows.dtype, device=rows.device) / max(map(abs, LEVELS))
-    ascending, order = levels.sort()
-    between = (ascending[1:] + ascending[:-1]) / 2
-    # Where the largest of the group just fits, and below, where it is clipped and steps are finer.
-    fitting = (groups.abs().amax(3, keepdim=True) * MULTIPLIERS).nan_to_num(0).ceil()
-    tries = []
-    for below in CLIPPED:
-        multipliers = (fitting - below).clamp_(1, MULTIPLIERS)
-        steps = multipliers / MULTIPLIERS
-        places = torch.bucketize(groups / steps, between)
-        lost = (ascending[places] * steps - groups).square().sum(dim=3, keepdim=True)
-        tries.append((lost, order[places], multipliers))
-    least, codes, multipliers = tries[0]
-    for lost, other_codes, other_multipliers in tries[1:]:
-        better = lost < least
-        least = torch.where(better, lost, least)
-        codes = torch.where(better, other_codes, codes)
-        multipliers = torch.where(better, other_multipliers, multipliers)
-    codes = torch.where(unit.isfinite(), codes.flatten(2)[:, :, :d], 0)
-    multipliers = multipliers[..., 0].long()
-    packed = pack_int4(codes, multipliers)
+    groups = torch.nn.functional.pad(unit.nan_to_num(0), (0, -d % GROUP)).unflatten(2, (-1, GROUP))
+    used = torch.arange(groups.shape[2] * GROUP, device=rows.device).view(-1, GROUP) < d
+    codes, multipliers = best_codes(groups.flatten(0, 2), used.expand(groups.shape).flatten(0, 2))
+    codes = torch.where(unit.isfinite() & (largest > 0), codes.reshape(*rows.shape[:2], -1)[:, :, :d], 0)
+    packed = pack_int4(codes, multipliers.reshape(groups.shape[:3]))
     return packed, _scales(rows, unit, unpack(packed, d).to(rows.dtype), largest)
 
 

@@ -14,7 +14,7 @@ from trackstar.storage.durable import replace_file
 from trackstar.storage.layout import CODES, WIDE, Layout
 from trackstar.storage.sealed import Seal
 
-FORMAT = 3
+FORMAT = 4
 NAME = "manifest.json"
 
 SEGMENT = 1024
