@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("gradient", "scoring", "codes", "pipeline", "threads", "correction", "store", "scan")
+BENCHMARKS = ("gradient", "scoring", "codes", "encode", "pipeline", "threads", "correction", "store", "scan")
 
 
 def main() -> None:

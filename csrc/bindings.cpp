@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "encoding.h"
 #include "gradient.h"
 #include "scoring.h"
 #ifdef TRACKSTAR_HAS_CUDA
@@ -125,6 +126,15 @@ void project_gradients_at(std::int64_t batch, std::int64_t in_features, std::int
                      static_cast<const float*>(given("left", left, no_left)),
                      static_cast<const float*>(given("right", right, no_right)), at<const float>(scale)},
                     static_cast<float*>(given("out", out, batch == 0 || q == 0 || p == 0)), threads);
+}
+
+void pack_best_codes_at(std::int64_t blocks, std::int64_t d, std::uintptr_t unit, std::uintptr_t codes,
+                        int threads) {
+  check_threads(threads);
+  check_sizes("blocks and d", {blocks, d}, 0);
+  if (blocks == 0 || d == 0) return;
+  pack_best_codes(array<const float>("unit", unit), static_cast<std::size_t>(blocks),
+                  static_cast<std::size_t>(d), array<std::uint8_t>("codes", codes), threads);
 }
 
 RowType row_type_of(const std::string& name) {
@@ -394,6 +404,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("activations"), py::arg("output_grads"), py::arg("offsets"), py::arg("left"),
         py::arg("right"), py::arg("scale"), py::arg("out"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "csrc/gradient.h; arrays as addresses.");
+  m.def("pack_best_codes", &pack_best_codes_at, py::arg("blocks"), py::arg("d"), py::arg("unit"),
+        py::arg("codes"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "csrc/encoding.h; arrays as addresses.");
   py::class_<Rows>(m, "Rows", "Stored rows, by address: see csrc/scoring.h.")
       .def(py::init(&rows_at), py::arg("values"), py::arg("type"), py::arg("stride"), py::arg("scales"),
            py::arg("N"), py::arg("L"), py::arg("d"));

@@ -1,6 +1,7 @@
 // Runs a kernel on arrays in raw files, for processors other than this one: see test_other_processors.py.
 //
 //   kernel_driver project_gradients BATCH IN OUT RANK Q P ELEMENT ACTIVATIONS OUTPUT_GRADS OFFSETS LEFT RIGHT SCALE RESULT
+//   kernel_driver pack_best_codes N D UNIT CODES
 //   kernel_driver score_topk QUERIES K N L D TYPE LARGEST QUERY_FILE ROW_FILE SCALES SCORES POSITIONS
 //   kernel_driver rescored_topk QUERIES K N L D TYPE WIDER_TYPE LARGEST QUERY_FILE ROW_FILE SCALES WIDER_FILE NORMS
 //       SCORES POSITIONS RESCORED
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "encoding.h"
 #include "gradient.h"
 #include "scoring.h"
 
@@ -93,10 +95,20 @@ void project_gradients(Arguments& arguments, int threads) {
   out.write(arguments.text());
 }
 
+constexpr size_t int4_bytes(size_t d) { return (d + 63) / 64 + (d + 1) / 2; }
+
+void pack_best_codes(Arguments& arguments, int threads) {
+  const size_t N = arguments.number(), d = arguments.number();
+  const float* unit = arguments.file<float>();
+  Result<uint8_t> codes(N * int4_bytes(d));
+  trackstar::pack_best_codes(unit, N, d, codes.data(), threads);
+  codes.write(arguments.text());
+}
+
 // Rows as they follow each other in a file.
 trackstar::Rows rows_of(const void* values, trackstar::RowType type, const float* scales, size_t N, size_t L,
                         size_t d) {
-  const size_t numbers = type == trackstar::RowType::int4   ? (d + 63) / 64 + (d + 1) / 2
+  const size_t numbers = type == trackstar::RowType::int4   ? int4_bytes(d)
                          : type == trackstar::RowType::sign ? (d + 31) / 32
                                                             : d;
   return {values, type, static_cast<ptrdiff_t>(L * numbers), scales, N, L, d};
@@ -186,6 +198,8 @@ int main(int count, char** values) {
   const std::string op = arguments.text();
   if (op == "project_gradients") {
     project_gradients(arguments, threads);
+  } else if (op == "pack_best_codes") {
+    pack_best_codes(arguments, threads);
   } else if (op == "score_topk" || op == "rescored_topk") {
     score_topk(arguments, threads, op == "rescored_topk");
   } else if (op == "mixed_topk") {

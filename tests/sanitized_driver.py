@@ -10,7 +10,7 @@ import pytest
 from test_other_processors import ROOT, Driver
 
 # As in CMakeLists.txt: namespaces of the levels, their options, and the kernels compiled for each.
-ALL = ("scoring_kernel", "coded_kernel", "gradient_kernel")
+ALL = ("scoring_kernel", "coded_kernel", "gradient_kernel", "trellis_kernel")
 LEVELS = {
     "baseline": ("baseline", [], ALL),
     "x86-64-v3": ("v3", ["-march=x86-64-v3"], (*ALL, "table_kernel")),

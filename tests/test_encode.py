@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_scoring import on_backend
 from triton_device import DEVICE, TRITON, triton_runs
 
-from trackstar_kernels import decode_rows, encode_rows
+from trackstar_kernels import _C, decode_rows, encode_rows
 from trackstar_kernels.encode import BACKENDS
 
 
@@ -165,6 +166,40 @@ def test_codes_are_the_best_in_their_direction(dtype, spread):
     assert ((lost - (norms - decoded.square().sum(2))).abs() <= 2**-21 * squares).all()
     if spread == 0:  # of normal numbers sign must lose 1 − 2/π = 0.363, and the levels of int4 0.0049
         assert lost.sum() / squares.sum() <= {"int8": 5.5e-5, "int4": 0.0050, "sign": 0.38}[dtype]
+
+
+def test_no_codes_of_int4_lose_less(backend):
+    """Of all that four numbers could have, with the multiplier that they have."""
+    rows, _ = draw(30, 1, 4, dtype=torch.float32)
+    packed, _, _ = encode(backend, rows, None, "int4")
+    multipliers = packed[:, 0, 0].double() + 1
+    found = torch.stack([packed[:, 0, 1 + i // 2] >> 4 * (i % 2) & 15 for i in range(4)], dim=1).long()
+    wanted = rows[:, 0].double() / rows.abs().amax(2) * 127 * 16 / multipliers[:, None]
+    every = torch.cartesian_prod(*[torch.arange(16)] * 4)
+    levels = torch.tensor(LEVELS)
+
+    def stands_for(codes):
+        last, other = (torch.nn.functional.pad(codes, (n, 0))[:, : codes.shape[1]] % 2 for n in (1, 2))
+        return levels[last, codes ^ other].double()
+
+    lost = (stands_for(found) - wanted).square().sum(1)
+    least = (stands_for(every) - wanted[:, None]).square().sum(2).amin(1)
+    torch.testing.assert_close(lost, least)
+
+
+@given(
+    isa=st.sampled_from(_C.available_isas()),
+    seed=st.integers(0, 2**31),
+    n=st.integers(0, 40),
+    size=st.sampled_from([1, 31, 32, 33, 64, 97, 257, 3000]),
+)
+def test_int4_has_the_same_codes_on_every_backend(isa, seed, n, size):
+    rows, _ = draw(n, 2, size, seed=seed, dtype=torch.float32)
+    rows[:, 0] *= draw(n, 1, size, seed=seed + 1)[0][:, 0].float().exp()
+    wanted = encode_rows(rows, None, "int4", backend="reference")
+    with on_backend(f"cpu:{isa}") as backend:
+        found = encode_rows(rows, None, "int4", backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_signs_are_scaled_by_the_mean_magnitude():

@@ -10,6 +10,8 @@ import torch
 from test_gradient import FORMS, SHAPES, Case, assert_accurate
 
 from trackstar_kernels import decode_rows, encode_rows
+from trackstar_kernels._codes import code_size
+from trackstar_kernels.encode._trellis import pack_best_codes
 
 ROOT = Path(__file__).parent.parent
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -129,3 +131,10 @@ def test_aarch64_narrow_rows(aarch64, Q, dtype):
         arguments = (1, k, N, L, d, 0, 1, queries[q : q + 1], numbers, scales)
         aarch64.run("score_topk", *arguments, results=[alone, places])
         assert torch.equal(scores[q], alone[0]) and torch.equal(positions[q], places[0])
+
+
+def test_aarch64_codes_of_int4(aarch64):
+    unit = torch.randn(40, 1, 97, generator=torch.Generator().manual_seed(0)).div(5).clamp(-1, 1)
+    codes = torch.empty(40, 1, code_size(97, torch.uint8), dtype=torch.uint8)
+    aarch64.run("pack_best_codes", 40, 97, unit, results=[codes])
+    assert torch.equal(codes, pack_best_codes(unit))

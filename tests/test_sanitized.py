@@ -10,6 +10,8 @@ from test_other_processors import ELEMENTS, ROW_TYPES
 
 import trackstar_kernels as tk
 from trackstar_kernels import _C
+from trackstar_kernels._codes import code_size
+from trackstar_kernels.encode._trellis import pack_best_codes
 from trackstar_kernels.scoring import _reference
 from trackstar_kernels.scoring._hessian import Hessian, inverse_root
 
@@ -63,6 +65,16 @@ def best(exact, k, largest):
 
 def assert_close(scores, exact):
     assert (scores - exact).abs().max() <= 1e-5 * max(1, exact.abs().max())
+
+
+@pytest.mark.parametrize("level", with_kernel("trellis_kernel"))
+@pytest.mark.parametrize(("N", "d", "threads"), [(1, 1, 1), (7, 33, 3), (131, 97, 2), (2, 4100, 4)])
+def test_codes_of_int4(driver, level, N, d, threads):
+    unit = normal(N, 1, d, seed=d) / 5
+    codes = torch.empty(N, 1, code_size(d, torch.uint8), dtype=torch.uint8)
+    options = ("isa", number_of(level), "threads", threads)
+    driver.run(*options, "pack_best_codes", N, d, unit.clamp(-1, 1), results=[codes])
+    assert torch.equal(codes, pack_best_codes(unit.clamp(-1, 1)))
 
 
 @pytest.mark.parametrize("level", with_kernel("coded_kernel"))

@@ -118,8 +118,8 @@ inline void load_thirty_twos(const uint8_t* const* from, Bytes* to) {
 #if defined(__AVX512BW__)
   const auto two = [&](int i) {
     const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[i]));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(first),
-                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[i + 1])), 1);
+    return _mm512_maskz_inserti64x4(0xFF, _mm512_castsi256_si512(first),
+                                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[i + 1])), 1);
   };
   const __m512i low = two(0), high = two(2);
   to[0] = (Bytes)_mm512_maskz_shuffle_i64x2(0xFF, low, high, 0x88);

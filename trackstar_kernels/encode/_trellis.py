@@ -13,7 +13,7 @@ Communications 38 (1990), with Ungerboeck's code of four states.
 
 import torch
 
-from trackstar_kernels._codes import GROUP, LEVEL_SETS, LEVELS, MULTIPLIERS
+from trackstar_kernels._codes import GROUP, LEVEL_SETS, LEVELS, MULTIPLIERS, pack_int4
 
 TRIED = (1, 0, -1)
 """A group's multipliers to choose from, counted from where the largest level reaches as far as its largest number."""
@@ -21,24 +21,25 @@ TRIED = (1, 0, -1)
 STATES = 4  # 2y + x
 
 
-def best_codes(groups: torch.Tensor, used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (n, 32) and multipliers (n,), both uint8, of groups (n, 32) of floating-point numbers from -1 to 1.
-
-    Numbers that are not ``used``, (n, 32) bool, are behind all others, and what becomes of them does not matter.
-    """
+def pack_best_codes(unit: torch.Tensor) -> torch.Tensor:
+    """Packed codes (N, L, ⌈d/64⌉ + ⌈d/2⌉) of blocks (N, L, d), floating-point numbers from -1 to 1."""
+    N, L, d = unit.shape
+    padded = torch.nn.functional.pad(unit, (0, -d % GROUP))
+    groups = padded.view(-1, GROUP)
+    used = (torch.arange(padded.shape[2], device=unit.device) < d).expand_as(padded).reshape(-1, GROUP)
     fitting = (groups.abs().amax(1) * MULTIPLIERS).ceil()
     multipliers = torch.stack([(fitting + more).clamp_(1, MULTIPLIERS) for more in TRIED])
-    values = (groups.T[:, None] * (MULTIPLIERS * LEVELS[-1] / multipliers)).contiguous()
+    values = (groups.T[:, None] * (multipliers.reciprocal() * (MULTIPLIERS * LEVELS[-1]))).contiguous()
     bounds, levels, places = _nearest(values)
     cells = torch.bucketize(values, bounds, out_int32=True)
     losses = levels[:, cells].sub_(values).square_().mul_(used.T[:, None])  # (subset, 32, tried, n)
     lost, ends, forgotten = _forward(losses)
-    choose = (lost * multipliers.square()).argmin(0), torch.arange(len(groups), device=groups.device)
+    choose = (lost * multipliers.square()).argmin(0), torch.arange(len(groups), device=unit.device)
     bits = _backward(ends[choose], forgotten[:, :, *choose])
     before = torch.nn.functional.pad(bits, (0, 0, 2, 0))
     subsets = before[1:-1] + 2 * (bits ^ before[:-2])
     codes = 2 * places.flatten()[subsets * places.shape[1] + cells[:, *choose]] + bits
-    return codes.T.to(torch.uint8), multipliers[choose].to(torch.uint8)
+    return pack_int4(codes.T.reshape(padded.shape)[..., :d], multipliers[choose].view(N, L, -1))
 
 
 def _nearest(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
