@@ -46,13 +46,13 @@ void merge_topk(const std::vector<Found>& parts, const TopK& top);
 //
 // One scan fills one result or several, such as the largest and the smallest scores; their Q are equal.
 //
-// Every score is accumulated in float32, in an order that depends on d and on whether Q ≤ 8 alone: chunks
-// that never cross a block, each summed from zero, then scaled and added one after another. With more than
-// eight queries a chunk is 256 numbers, of which those at even and at odd places are summed in order and then
-// added (on vectors of four floats: all of them in order); with up to eight it is 256 vectors, whose lanes are
-// added last, in pairs; with one, its vectors are added to four sums in turn. On Zen 5 the first is also for two to eight
-// queries and float32 rows. So within each of the three cases a score has the same bits whatever the other queries
-// and rows, their number, and `threads`. Many queries take float rows rounded to bytes first, and compute only those
+// Every score is accumulated in float32, in an order that depends on d, on the processor, and on whether Q is 1, at most 4,
+// at most 8 or more: chunks that never cross a block, each summed from zero, then scaled and added one after another. With
+// more than eight queries a chunk is 256 numbers, of which those at even and at odd places are summed in order and then
+// added (on vectors of four floats: all of them in order); with fewer it is 256 vectors, whose lanes are added last, in
+// pairs; with one, its vectors are added to four sums in turn. On float32 rows and in vectors of sixteen floats Intel's
+// processors do the first with more than four queries, Zen 5 with more than one. So within each of the four cases a score
+// has the same bits whatever the other queries and rows, their number, and `threads`. Many queries take float rows rounded to bytes first, and compute only those
 // scores that may be among the best, as long as those are few. Scores with int8, int4 and sign rows always have the
 // bits of a single query.
 void score_topk(const float* queries, const Rows& rows, const std::vector<TopK>& tops, int threads);

@@ -156,10 +156,11 @@ def test_odd_shapes(Q, N, L, d, dtype, largest, scaled, part, isa):
     ("Q", "parts"),
     [
         (1, []),
-        (8, [(1, 4), (0, 3), (1, 8)]),
+        (4, [(0, 2), (1, 4)]),
+        (8, [(1, 7), (0, 5), (1, 8)]),
         (45, [(0, 9), (3, 12), (20, 45), (7, 24)]),
     ],
-    ids=["one", "few", "many"],
+    ids=["one", "four", "eight", "many"],
 )
 def test_scores_do_not_depend_on_company(backend, dtype, Q, parts):
     """A score has the same bits at any place among any queries and rows, and with any number of threads."""

@@ -99,7 +99,8 @@ class CodedSearch : public Filter {
  private:
   void score_few(size_t row, size_t count) {
     const RoundedQueries::Few& few = rounded_.few;
-    const FewQueries queries{rows_.L, rows_.d, few.codes.data(), few.starts.data(), few.scales.data()};
+    const FewQueries queries{rows_.L,           rows_.d,           few.codes.data(),
+                             few.starts.data(), few.scales.data(), is_woven(rows_)};
     const FewKernel kernel = code_.few[rounded_.width - 1];
     for (size_t r = 0; r < count; ++r) {
       kernel(row_at(rows_, row + r), scales(row + r), block_bytes_, queries,

@@ -37,6 +37,13 @@ inline const uint8_t* row_at(const Rows& rows, size_t n) {
   return static_cast<const uint8_t*>(rows.values) + static_cast<ptrdiff_t>(n) * rows.stride * unit;
 }
 
+// Whether rows follow one another so closely that what lies between them may be read as well.
+inline bool is_dense(const Rows& rows) {
+  const ptrdiff_t stride = row_at(rows, 1) - row_at(rows, 0);
+  const size_t row_bytes = rows.L * block_bytes(rows.type, rows.d);
+  return stride >= 0 && static_cast<size_t>(stride) <= row_bytes + row_bytes / 8;
+}
+
 // The kernels of the level in force.
 const CodedKernels& coded_kernels();
 const CodeKernels& code_kernels(RowType type);

@@ -61,7 +61,7 @@ __attribute__((noinline)) void few(const uint8_t* row, const float* scales, size
       for (int q = 0; q < kQueries; ++q) sum[q] = load_sums(starts + q * kLanes);
       starts += kQueries * kLanes;
       for_steps<Codes>(row, piece, end, [&](const uint8_t* from, size_t i) __attribute__((always_inline)) {
-        fetch_ahead(from);
+        fetch_ahead(from, queries.woven);
         add_products<Codes, kQueries>(from, codes + i, padded, sum);
       });
 #pragma GCC unroll 5
@@ -127,7 +127,7 @@ double expand(const uint8_t* row, size_t block_bytes, const float* scales, size_
 
 template <typename Codes>
 double square(const uint8_t* row, size_t block_bytes, const float* scales, size_t L, size_t d) {
-  return measure<Codes, false>(row, block_bytes, scales, L, d, {nullptr, 0}, nullptr);
+  return measure<Codes, false>(row, block_bytes, scales, L, d, {nullptr, 0, false}, nullptr);
 }
 
 // The last codes of a block, from element i on; what is behind them is read as zero bits.

@@ -22,6 +22,7 @@ struct FewQueries {
   const int8_t* codes;    // (L, count, padded d)
   const int32_t* starts;  // (L, pieces, count, lanes): where each lane's sum starts
   const float* scales;    // (L, count)
+  bool woven;             // how rows behind this one are fetched, see fetch.h
 };
 
 // Few queries and one row, with scales (L):

@@ -50,7 +50,7 @@ void ExactScores::score(size_t query, const int64_t* positions, size_t count, fl
       for (size_t i = 0; i < rows_.d; i += depth_) {
         const size_t n = std::min(depth_, rows_.d - i);
         const void* at = row + b * block_bytes_ + block_bytes(rows_.type, i);
-        dot_(&at, {nullptr, 0}, query_block, {1, n, n}, &scale, &score, 1);
+        dot_(&at, {nullptr, 0, false}, query_block, {1, n, n}, &scale, &score, 1);
         query_block += n;
       }
     }

@@ -8,11 +8,12 @@ namespace trackstar {
 
 constexpr size_t kLineBytes = 64;
 
-// One after another; most kernels fetch into the second-level cache, as until the lines are read more goes through the first
-// than it holds.
+// One after another, or woven (fetch.h) with those around them; most kernels fetch into the second-level cache, as until the
+// lines are read more goes through the first than it holds.
 struct FetchLines {
   const uint8_t* from;
   size_t lines;
+  bool woven;
 };
 
 }  // namespace trackstar

@@ -89,6 +89,14 @@ bool is_zen5() {
 #endif
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}
+
 Isa isa() { return current().load(std::memory_order_relaxed); }
 void set_isa(Isa level) { current().store(level, std::memory_order_relaxed); }
 

@@ -13,8 +13,9 @@ enum class Isa { baseline, v3, v3_vnni, v4, v4_vnni, v4_bf16, amx };
 // The level in force.
 Isa isa();
 
-// Whether this is AMD's Zen 5, which at equal levels likes other kernels than its forerunners.
+// Whose processor this is: at equal levels they like other kernels, and rows fetched in another order.
 bool is_zen5();
+bool is_intel();
 
 // Whether this build contains `level` and this machine can run it.
 bool isa_available(Isa level);

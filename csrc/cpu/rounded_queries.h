@@ -61,9 +61,12 @@ struct RoundedQueries {
     ScoreBounds bounds;           // of rough scores and these together
   };
   FewQueries rest(size_t q) const {
-    return {L, d, rests.codes.data() + q * L * padded,
+    return {L,
+            d,
+            rests.codes.data() + q * L * padded,
             rests.starts.data() + q * rests.starts.size() / rests.bounds.wide.size(),
-            rests.scales.data() + q * L};
+            rests.scales.data() + q * L,
+            false};
   }
 
   const CodedKernels& kernels;

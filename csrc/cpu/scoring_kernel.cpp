@@ -32,18 +32,18 @@ struct DotOne {
                                             const float* const* scales, float* scores, size_t) {
     const T* row = static_cast<const T*>(rows[0]);
     for (size_t b = 0; b < blocks.count; ++b, row += blocks.stride, query += blocks.depth) {
-      const Vec sum = block(row, query, blocks.depth, fetch.lines > 0);
+      const Vec sum = block(row, query, blocks.depth, fetch);
       float total;
       sum_lanes<1>(&sum, &total);
       scores[0] += scales[0][b] * total;
     }
   }
 
-  static inline Vec block(const T* row, const float* query, size_t depth, bool fetch) {
+  static inline Vec block(const T* row, const float* query, size_t depth, const FetchLines& fetch) {
     Vec sum[kTurns] = {};
     size_t k = 0;
     for (const size_t steps = depth / kStep * kStep; k < steps; k += kStep) {
-      if (fetch) fetch_stream(row + k, kStep * sizeof(T));
+      if (fetch.lines > 0) fetch_stream(row + k, kStep * sizeof(T), fetch.woven);
 #pragma GCC unroll 16
       for (size_t i = 0; i < kStep / kLanes; ++i) {
         sum[i % kTurns] += load(row + k + i * kLanes) * load(query + k + i * kLanes);

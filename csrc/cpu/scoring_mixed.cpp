@@ -136,7 +136,7 @@ class TaskScan : public Scan {
           scales[r] = 1;
         }
         for (const Matrix::Panel& panel : matrix.panels()) {
-          panel.kernel->run(rows, matrix.panel_at(panel, 0, i), depth, FetchLines{nullptr, 0}, scales,
+          panel.kernel->run(rows, matrix.panel_at(panel, 0, i), depth, FetchLines{nullptr, 0, false}, scales,
                             scores_.data() + first * width_ + panel.first, width_);
         }
       }

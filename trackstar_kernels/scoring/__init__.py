@@ -46,7 +46,8 @@ def score_topk(
 
     Scores are accumulated in float32 and never stored as a Q × N matrix. On the CPU a score has the same bits
     whatever the other rows and the number of threads, so results of shards merge (:func:`merge_topk`) into exactly
-    the result of the whole; and whatever the other queries, as long as there are none, up to seven, or more.
+    the result of the whole; and whatever the other queries, as long as there are none, up to three, up to seven, or
+    more.
 
     Args:
         queries: (Q, D) or (Q, L, d) float32, finite.
