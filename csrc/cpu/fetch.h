@@ -79,6 +79,7 @@ class SpreadTo {
 };
 
 using Spread = SpreadTo<2>;
+using SpreadNear = SpreadTo<3>;
 
 }  // namespace
 }  // namespace trackstar::TRACKSTAR_ISA

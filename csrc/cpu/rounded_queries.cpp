@@ -107,12 +107,14 @@ size_t RoundedQueries::tile_rows(size_t fit) const {
 }
 
 RoundedQueries::Fetching RoundedQueries::fetch(const Rows& rows, size_t row, size_t count) const {
-  constexpr size_t kBytesAhead = 16 << 10;
+  const bool woven = is_woven(rows);
+  const size_t ahead = woven ? 32 << 10 : 16 << 10;  // bytes
   Fetching fetching;
-  if (panels.front().kernel->fetches) {
+  // Float32 rows that are fetched from several pages at once take 0.88 of the time so on Ice Lake, codes 1.1.
+  if (panels.front().kernel->fetches && (is_coded(rows.type) || !woven)) {
     fetching.multiplying.open(rows, row + count, count);
   } else {
-    fetching.making.open(rows, row + 1 + kBytesAhead / (rows.L * block_bytes(rows.type, rows.d)), count);
+    fetching.making.open(rows, row + 1 + ahead / (rows.L * block_bytes(rows.type, rows.d)), count);
   }
   return fetching;
 }

@@ -72,7 +72,7 @@ void to_bytes(const float* values, const Runs& runs, const float* blocks, const 
   constexpr float kSmallest = 1e-10f, kLargest = 1e10f;
   constexpr size_t kTogether = 16;  // runs, whose sizes are found first: no run waits for its own
   fetch_pages(fetch.from, fetch.lines * kLineBytes);
-  Spread ahead(fetch, runs.count * ((runs.size + kLanes - 1) / kLanes));
+  SpreadNear ahead(fetch, runs.count * ((runs.size + kLanes - 1) / kLanes));
   for (size_t first = 0; first < runs.count; first += kTogether) {
     const size_t count = runs.count - first < kTogether ? runs.count - first : kTogether;
     float largest[kTogether];
