@@ -36,7 +36,7 @@ inline void add_products(const uint8_t* row, const int8_t* queries, size_t query
   Codes::load(row, bytes);
 #pragma GCC unroll 2
   for (int v = 0; v < Codes::vectors; ++v) {
-#pragma GCC unroll 5
+#pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
       sum[q] = dot4(sum[q], bytes[v], load_bytes(queries + q * query_stride + v * kBytes));
     }
@@ -57,14 +57,14 @@ __attribute__((noinline)) void few(const uint8_t* row, const float* scales, size
     for (size_t piece = 0; piece < d; piece += kMaxPiece) {
       const size_t end = d < piece + kMaxPiece ? d : piece + kMaxPiece;
       Sums sum[kQueries];
-#pragma GCC unroll 5
+#pragma GCC unroll 8
       for (int q = 0; q < kQueries; ++q) sum[q] = load_sums(starts + q * kLanes);
       starts += kQueries * kLanes;
       for_steps<Codes>(row, piece, end, [&](const uint8_t* from, size_t i) __attribute__((always_inline)) {
         fetch_ahead(from, queries.woven);
         add_products<Codes, kQueries>(from, codes + i, padded, sum);
       });
-#pragma GCC unroll 5
+#pragma GCC unroll 8
       for (int q = 0; q < kQueries; ++q) {
         total[q] += to_floats(sum[q]) * splat(query_scales[q] * scales[b]);
       }
@@ -373,10 +373,15 @@ size_t doubtful(const float* scores, size_t n, float a, const float* wide, float
 
 template <typename Codes>
 constexpr CodeKernels code_kernels() {
-  return {Codes::bias,      Codes::bias == 1 ? -1.0f : 1.0f,
-          kElements<Codes>, {few<Codes, 1>, few<Codes, 2>, few<Codes, 3>, few<Codes, 4>, few<Codes, 5>},
-          square<Codes>,    expand<Codes>,
-          exact<Codes>,     widen_codes<Codes>};
+  return {Codes::bias,
+          Codes::bias == 1 ? -1.0f : 1.0f,
+          kElements<Codes>,
+          {few<Codes, 1>, few<Codes, 2>, few<Codes, 3>, few<Codes, 4>, few<Codes, 5>, few<Codes, 6>,
+           few<Codes, 7>, few<Codes, 8>},
+          square<Codes>,
+          expand<Codes>,
+          exact<Codes>,
+          widen_codes<Codes>};
 }
 
 template <int kVecs>

@@ -14,9 +14,9 @@
 namespace trackstar {
 
 constexpr size_t kMaxPiece = 65536;  // elements of a block whose products surely fit 32 bits
-constexpr int kMaxFewQueries = 5;
+constexpr int kMaxFewQueries = 8;
 
-// Up to five rounded queries. A block's pieces are its first kMaxPiece elements, the next, and so on.
+// Up to eight rounded queries. A block's pieces are its first kMaxPiece elements, the next, and so on.
 struct FewQueries {
   size_t L, d;
   const int8_t* codes;    // (L, count, padded d)
