@@ -9,7 +9,6 @@ namespace {
 // GCC takes a function that does nothing but fetch for one that does nothing, unless it is part of its caller by then.
 #define TRACKSTAR_FETCH __attribute__((always_inline)) inline
 
-constexpr size_t kPageBytes = 4096;       // the smallest there are
 constexpr size_t kPagesAhead = 64 << 10;  // bytes
 
 // What lies further on, inside the same array or not: it is fetched, never read.
@@ -17,10 +16,8 @@ inline const char* further(const void* from, size_t bytes) {
   return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) + bytes);
 }
 
-constexpr size_t kWovenBytes = 8 * kPageBytes;
-
-// A line for each: from the first line of every eight pages to the last, a line of each page in turn. Where a page is slow
-// to find, eight are looked for at the same time.
+// Another line for each: of every kWovenBytes, eight pages, the first line of each page, then the second ones, and so on.
+// Where a page is slow to find, eight are looked for at the same time.
 inline const char* woven(const void* line) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(line), number = at % kWovenBytes / kLineBytes;
   return reinterpret_cast<const char*>(at - at % kWovenBytes + number % 8 * kPageBytes +
