@@ -11,6 +11,7 @@ from test_other_processors import ROW_TYPES
 from test_sanitized import NARROW, normal, prepared, stored
 
 from trackstar_kernels import _C
+from trackstar_kernels._codes import code_size
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +66,17 @@ def test_scans(driver, level, dtype, Q):
             ),
             found(Q),
         )
+
+
+def test_codes_of_int4(driver, level):
+    unit = normal(N, L, d, seed=0).div(5).clamp(-1, 1)
+    codes = torch.empty(N, L, code_size(d, torch.uint8), dtype=torch.uint8)
+    assert_same_on_four(
+        lambda threads, results: driver.run(
+            *("isa", level, "threads", threads, "pack_best_codes", N * L, d, unit), results=results
+        ),
+        [codes],
+    )
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)

@@ -78,10 +78,16 @@ class Packer {
 
 void pack_best_codes(const float* unit, size_t N, size_t d, uint8_t* codes, int threads) {
   constexpr size_t kPart = 2048;  // numbers that are worth a thread
-  const size_t blocks = std::max<size_t>(1, kPart / d), parts = (N + blocks - 1) / blocks;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (size_t part = 0; part < parts; ++part) {
-    Packer(unit, d, codes).pack(part * blocks, std::min(N, (part + 1) * blocks));
+  const size_t blocks = std::max<size_t>(1, kPart / d);
+  const auto parts = static_cast<int64_t>((N + blocks - 1) / blocks);
+#pragma omp parallel num_threads(threads)
+  {
+    Packer packer(unit, d, codes);
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < parts; ++part) {
+      const size_t first = static_cast<size_t>(part) * blocks;
+      packer.pack(first, std::min(N, first + blocks));
+    }
   }
 }
 
