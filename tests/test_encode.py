@@ -252,6 +252,21 @@ def test_narrow_rows_do_not_depend_on_their_company(dtype, monkeypatch):
 
 
 @narrow
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [33, 64])
+def test_narrow_codes_of_rows_that_are_not_contiguous(backend, dtype, rows_dtype, size):
+    if backend == "triton" and rows_dtype == torch.float64:
+        pytest.skip("computes in float32")
+    rows, _ = draw(5, 3, size, dtype=rows_dtype)
+    apart = rows.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not apart.is_contiguous()
+    for found, wanted in zip(
+        encode(backend, apart, None, dtype), encode(backend, rows, None, dtype), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+@narrow
 def test_narrow_codes_are_those_of_the_whitened_rows(backend, dtype):
     rows, whiteners = draw(9, 2, 16, dtype=torch.float32)
     whitened, _, norms = encode(backend, rows, whiteners, "float32")

@@ -8,6 +8,7 @@ namespace trackstar {
 
 constexpr size_t int4_bytes(size_t d) { return (d + 63) / 64 + (d + 1) / 2; }
 
+constexpr size_t kInt4Group = 32;  // elements that share a multiplier
 constexpr size_t kInt4Cell = int4_bytes(64);
 
 // The 32 levels of int4, ascending.

@@ -33,7 +33,11 @@ const TrellisKernel& kernel_in_force() {
 class Packer {
  public:
   Packer(const float* unit, size_t d, uint8_t* codes)
-      : unit_(unit), d_(d), codes_(codes), of_block_((d + kGroup - 1) / kGroup), bytes_(int4_bytes(d)) {}
+      : unit_(unit),
+        d_(d),
+        codes_(codes),
+        of_block_((d + kInt4Group - 1) / kInt4Group),
+        bytes_(int4_bytes(d)) {}
 
   // Whole blocks.
   void pack(size_t begin, size_t end) {
@@ -49,17 +53,17 @@ class Packer {
 
  private:
   void gather(size_t group, size_t lane) {
-    const size_t start = group % of_block_ * kGroup, used = std::min(kGroup, d_ - start);
+    const size_t start = group % of_block_ * kInt4Group, used = std::min(kInt4Group, d_ - start);
     const float* from = unit_ + group / of_block_ * d_ + start;
     used_[lane] = static_cast<int32_t>(used);
-    for (size_t i = 0; i < kGroup; ++i) values_[i * kernel_.lanes + lane] = i < used ? from[i] : 0;
+    for (size_t i = 0; i < kInt4Group; ++i) values_[i * kernel_.lanes + lane] = i < used ? from[i] : 0;
   }
 
   void write(size_t group, size_t lane) {
     const size_t of_cell = group % of_block_ % 2;
     uint8_t* cell = codes_ + group / of_block_ * bytes_ + group % of_block_ / 2 * kInt4Cell;
     cell[0] |= static_cast<uint8_t>((multipliers_[lane] - 1) << 4 * of_cell);
-    uint8_t* pairs = cell + 1 + of_cell * kGroup / 2;
+    uint8_t* pairs = cell + 1 + of_cell * kInt4Group / 2;
     for (int32_t i = 0; i < used_[lane]; ++i) {
       pairs[i / 2] |= static_cast<uint8_t>(chosen_[i * kernel_.lanes + lane] << 4 * (i % 2));
     }
@@ -70,8 +74,8 @@ class Packer {
   const size_t d_;
   uint8_t* codes_;
   const size_t of_block_, bytes_;
-  float values_[kGroup * kMostLanes];
-  int32_t used_[kMostLanes], chosen_[kGroup * kMostLanes], multipliers_[kMostLanes];
+  float values_[kInt4Group * kMostLanes];
+  int32_t used_[kMostLanes], chosen_[kInt4Group * kMostLanes], multipliers_[kMostLanes];
 };
 
 }  // namespace

@@ -28,7 +28,7 @@ constexpr Subsets subsets() {
 }
 
 constexpr Subsets kSubsets = subsets();
-constexpr float kUnit = 16 * 127;  // the largest level and multiplier
+constexpr float kUnit = 16 * int4_level(31);  // the largest multiplier and level
 
 inline Ints splat(int32_t value) { return value - Ints{}; }
 
@@ -62,7 +62,7 @@ inline Ints place(Vec value, int subset) {
 inline Vec forward(const float* values, Ints used, Vec to_levels, Ints* forgotten, Ints* ends) {
   const Vec infinite = splat(__builtin_inff());
   Vec lost[4] = {Vec{}, infinite, infinite, infinite};
-  for (size_t i = 0; i < kGroup; ++i) {
+  for (size_t i = 0; i < kInt4Group; ++i) {
     const Vec value = scaled(values, i, to_levels);
     const Ints counts = splat(static_cast<int32_t>(i)) < used;
     Vec losses[4], next[4];
@@ -93,7 +93,7 @@ inline Vec forward(const float* values, Ints used, Vec to_levels, Ints* forgotte
 
 void run(const float* values, const int32_t* used, int32_t* codes, int32_t* multipliers) {
   Vec largest = {};
-  for (size_t i = 0; i < kGroup; ++i) {
+  for (size_t i = 0; i < kInt4Group; ++i) {
     const Vec value = load(values + i * kLanes), size = value < 0 ? -value : value;
     largest = size > largest ? size : largest;
   }
@@ -104,23 +104,23 @@ void run(const float* values, const int32_t* used, int32_t* codes, int32_t* mult
   __builtin_memcpy(&counts, used, sizeof(counts));
 
   Vec least = {}, to_levels = {};
-  Ints forgotten[kGroup], states = {}, multiplier = {};
+  Ints forgotten[kInt4Group], states = {}, multiplier = {};
   for (int tried = 0; tried < 3; ++tried) {
     Ints m = fitting + splat(1 - tried);
     m = m < 1 ? splat(1) : m > 16 ? splat(16) : m;
     const Vec factor = __builtin_convertvector(m, Vec), unit = 1 / factor * kUnit;
-    Ints bits[kGroup], ends;
+    Ints bits[kInt4Group], ends;
     const Vec lost = forward(values, counts, unit, bits, &ends) * (factor * factor);
     const Ints better = tried == 0 ? splat(-1) : lost < least;
     least = better ? lost : least;
     to_levels = better ? unit : to_levels;
     multiplier = better ? m : multiplier;
     states = better ? ends : states;
-    for (size_t i = 0; i < kGroup; ++i) forgotten[i] = better ? bits[i] : forgotten[i];
+    for (size_t i = 0; i < kInt4Group; ++i) forgotten[i] = better ? bits[i] : forgotten[i];
   }
   __builtin_memcpy(multipliers, &multiplier, sizeof(multiplier));
 
-  for (size_t i = kGroup; i-- > 0;) {
+  for (size_t i = kInt4Group; i-- > 0;) {
     const Ints bit = states & 1, last = states >> 1, other = forgotten[i] >> states & 1;
     const Ints subset = last + 2 * (bit ^ other);
     const Vec value = scaled(values, i, to_levels);

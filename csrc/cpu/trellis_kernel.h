@@ -6,7 +6,6 @@
 
 namespace trackstar {
 
-constexpr size_t kGroup = 32;      // elements of int4 that share a multiplier
 constexpr size_t kMostLanes = 16;  // at any level
 
 // As many groups as there are lanes, side by side: element i of group g at [i * lanes + g]. The first used[g] count; there is

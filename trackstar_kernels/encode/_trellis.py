@@ -25,7 +25,7 @@ def pack_best_codes(unit: torch.Tensor) -> torch.Tensor:
     """Packed codes (N, L, ⌈d/64⌉ + ⌈d/2⌉) of blocks (N, L, d), floating-point numbers from -1 to 1."""
     N, L, d = unit.shape
     padded = torch.nn.functional.pad(unit, (0, -d % GROUP))
-    groups = padded.view(-1, GROUP)
+    groups = padded.reshape(-1, GROUP)
     used = (torch.arange(padded.shape[2], device=unit.device) < d).expand_as(padded).reshape(-1, GROUP)
     fitting = (groups.abs().amax(1) * MULTIPLIERS).ceil()
     multipliers = torch.stack([(fitting + more).clamp_(1, MULTIPLIERS) for more in TRIED])
