@@ -10,7 +10,7 @@ namespace trackstar {
 
 bool are_few(size_t count, RowType rows) {
   // Eight queries on float32 rows took 0.62 of torch.mm's time in panels and 0.46–0.50 without on Zen 3 and Zen 4, but 0.36
-  // and 0.62 on Zen 5, where two take 0.8 of the time in panels. On Ice Lake eight take 0.87, five as long, four more.
+  // and 0.62 on Zen 5, where two take 0.8 of the time in panels. On Ice Lake eight take 0.7, four as long, two 1.07.
   // Float16 rows would have to be widened for them, which takes longer than it saves.
   if (rows != RowType::float32 || isa() < Isa::v4) return count <= kMaxDotQueries;
   return count <= (is_zen5() ? 1 : is_intel() ? 4 : kMaxDotQueries);

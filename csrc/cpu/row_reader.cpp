@@ -44,7 +44,9 @@ void RowReader::multiply(size_t b, const Matrix& matrix, size_t matrix_b, size_t
   // The next tile is fetched meanwhile, a part with every call.
   const size_t calls = rows_.L * ((rows_.d + kChunkDepth - 1) / kChunkDepth) * (end - begin) *
                        ((count_ + block_rows - 1) / block_rows);
-  const size_t lines = ahead_.share(calls);
+  // Rows that are read side by side lie in as many pages as would be fetched from in turn: that is quick enough, and fetching
+  // as well took 1.15 of the time (eight queries on float32 rows, Ice Lake).
+  const size_t lines = !widen && is_woven(rows_) ? 0 : ahead_.share(calls);
   for (size_t i = 0; i < rows_.d; i += kChunkDepth) {
     const size_t depth = std::min(kChunkDepth, rows_.d - i);
     const size_t offset = b * block_bytes_ + block_bytes(rows_.type, i);

@@ -55,7 +55,7 @@ struct ScoringKernels {
   int lanes;  // of a vector
   int group;  // numbers of depth side by side in a panel
   RowKernels single, half, bfloat16;
-  PanelKernel narrow, wide;  // panels one and two vectors wide
+  PanelKernel narrow, wide;  // one half as wide as the other
 
   // Σ_b scales[b] · Σ_k row[b][k] · query_b[k] of one row (L, d) and one query, with the bits that PanelKernel gives
   // them. Chunks of kChunkDepth numbers lie side by side in the query, lanes / group of them, those of all blocks one
